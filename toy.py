@@ -1,0 +1,765 @@
+"""The toy world: a small savanna drawn from parameters; every translation has a known answer.
+
+A `Scene` is a handful of plain numbers: the hour of the day, the horizon, the colour of the ground,
+some trees and tufts, and one or two grazing or walking animals. `sample_scene` draws the numbers,
+`render` turns them into a picture. The same scene can be rendered with another coat; then the two
+pictures differ in the coat and nowhere else, and each is the true answer to translating the other.
+
+    rng -> sample_scene -> Scene -> paint -> Canvas(colour, light, label) -> render -> RGB picture
+
+`paint` fills three sheets, far things first: what colour a thing has, how much sunlight reaches
+it, and what it is (an index into LABELS). A picture is colour x light, which is why light and
+shadow cannot depend on the coat. Animals are lists of named `Part`s, tapered tubes with their own
+coordinates (s along the axis, v across it). Stripes are drawn in these coordinates, so they follow
+the body, and a stripe's place is a function of the silhouette: nothing about them is random.
+
+DATA SETS (in the layout of the real one of the same name)
+    horse2zebra         trainA trainB testA testB: A plain coats, B stripes. Training is unpaired
+                        (no scene is in both); testA/0007.png and testB/0007.png show one scene.
+    horse2zebra_single  the same with one picture per folder, for training on a single pair.
+
+USAGE
+    python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
+    folder = toy.ensure("horse2zebra", 64)                            # drawn once, then reused
+    scene = toy.sample_scene(numpy.random.default_rng(0))
+    a, b = (toy.render(scene, 64, coat) for coat in ("plain", "zebra"))
+"""
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+VERSION = 1  # raise it whenever a picture changes: `ensure` then draws its folders again
+
+COATS = ("plain", "zebra")
+LABELS = ("sky", "hill", "ground", "trunk", "leaves", "grass", "body", "neck", "head", "ear", "leg",
+          "hoof", "muzzle", "eye", "mane", "tail")
+COAT_PARTS = ("body", "neck", "head", "ear", "leg")  # the only labels that a coat may change
+
+# The sky's colours, the colours of sunlight and of shade (multipliers, 255 = 1; shade is cooler, as
+# outdoors), how high the sun stands (radians) and whether its disc is in the picture.
+DAYLIGHT = {
+    "dawn": dict(top=(164, 184, 226), low=(255, 206, 182), sun=(255, 230, 212),
+                 shade=(126, 122, 152), height=0.45, disc=True),
+    "noon": dict(top=(84, 152, 226), low=(204, 228, 244), sun=(255, 252, 243),
+                 shade=(118, 128, 150), height=1.15, disc=False),
+    "overcast": dict(top=(190, 199, 210), low=(226, 229, 230), sun=(232, 235, 238),
+                     shade=(158, 164, 174), height=1.2, disc=False),
+    "golden": dict(top=(176, 186, 228), low=(255, 224, 164), sun=(255, 226, 178),
+                   shade=(124, 108, 122), height=0.5, disc=True),
+}
+GROUNDS = ((206, 178, 110), (190, 166, 92), (140, 158, 84), (164, 166, 90), (216, 190, 146))
+LEAVES = ((88, 118, 58), (104, 124, 62), (72, 108, 66), (122, 132, 70))
+PLAIN = {"chestnut": (164, 88, 48), "bay": (124, 72, 44), "dark brown": (86, 58, 46),
+         "tan": (198, 154, 102), "palomino": (218, 178, 112), "grey": (150, 150, 154)}
+WHITE, BLACK = (244, 239, 228), (40, 35, 35)  # slightly warm, slightly soft
+HAIR, HOOF, MUZZLE, BARK = (52, 40, 36), (58, 50, 46), (70, 58, 54), (104, 82, 62)
+
+
+# 1. The scene: plain numbers ---------------------------------------------------------------------
+# A picture is 1 x 1, x to the right, y downwards; all lengths are fractions of its side.
+
+@dataclass(frozen=True)
+class Tree:
+    kind: str  # "acacia", "round" or "bush"
+    x: float  # the foot
+    y: float
+    height: float
+    leaf: tuple
+    form: int  # seed of the crown's clumps
+
+
+@dataclass(frozen=True)
+class Tuft:
+    x: float
+    y: float
+    height: float
+    colour: tuple
+    tips: tuple  # where the blades end, left to right, in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Animal:
+    x: float  # middle of the torso
+    y: float  # the line its hooves stand on
+    unit: float  # height of the withers; all body coordinates are in these units
+    facing: int  # +1 looks right, -1 left
+    graze: float  # 0 head up, 1 muzzle at the ground
+    phase: float  # of the walk, in radians
+    stride: float  # 0 stands, 0.13 walks
+    plain: tuple  # colour of its plain coat
+
+
+@dataclass(frozen=True)
+class Scene:
+    daylight: str  # a key of DAYLIGHT
+    brightness: float
+    sun_x: float  # also says where the light comes from
+    horizon: float
+    ground: tuple
+    form: int  # seed of clouds, hills and the ground's patches
+    trees: tuple = ()
+    tufts: tuple = ()
+    animals: tuple = ()
+
+
+def pick(rng, values):
+    """One element of a sequence, each equally likely."""
+    return values[int(rng.integers(len(values)))]
+
+
+def vary(rng, colour, amount):
+    """`colour` times a random brightness, plus a little random tint."""
+    tinted = np.array(colour) * rng.uniform(1 - amount, 1 + amount) + rng.normal(0, 3, 3)
+    return tuple(int(c) for c in tinted.clip(0, 255))
+
+
+def sample_animal(rng, unit, middle):
+    """An animal of that height, nose to tail centred on x = `middle`; large ones stand nearer."""
+    graze = rng.uniform(0.8, 1) if rng.random() < 0.4 else rng.uniform(0, 0.3)
+    facing = pick(rng, (-1, 1))
+    return Animal(
+        x=middle - facing * unit * (0.11 + 0.09 * graze),
+        y=0.58 + 0.56 * unit + rng.uniform(-0.02, 0.03),
+        unit=unit, facing=facing, graze=graze, phase=rng.uniform(0, 2 * math.pi),
+        stride=rng.uniform(0, 0.05) if graze > 0.5 else rng.uniform(0.02, 0.13),
+        plain=vary(rng, pick(rng, tuple(PLAIN.values())), 0.1))
+
+
+def sample_scene(rng):
+    """A random Scene. `rng`: numpy Generator; equal generators give equal scenes.
+
+    It does not know for which coat it draws, so pictures of either coat have the same distribution
+    of everything else.
+    """
+    horizon = rng.uniform(0.34, 0.5)
+    ground = vary(rng, pick(rng, GROUNDS), 0.06)
+    trees = []
+    for _ in range(rng.integers(4, 9)):
+        depth = rng.uniform(0.02, 0.6) ** 1.5
+        kind = pick(rng, ("acacia", "acacia", "round", "bush"))
+        height = (0.14 + 0.75 * depth) * (0.4 if kind == "bush" else 1) * rng.uniform(0.8, 1.25)
+        trees.append(Tree(kind, rng.uniform(-0.05, 1.05), horizon + depth * (1 - horizon), height,
+                          vary(rng, pick(rng, LEAVES), 0.12), int(rng.integers(2**31))))
+    tufts = []
+    for _ in range(rng.integers(18, 36)):
+        depth = rng.uniform(0.08, 1.04)
+        tufts.append(Tuft(rng.uniform(0, 1), horizon + depth * (1 - horizon),
+                          (0.015 + 0.045 * depth) * rng.uniform(0.7, 1.3),
+                          vary(rng, ground, 0.14), tuple(sorted(rng.uniform(-0.9, 0.9, 6)))))
+    animals = [sample_animal(rng, rng.uniform(0.48, 0.63), rng.uniform(0.43, 0.57))]
+    if rng.random() < 0.25:  # a smaller one behind, often half hidden
+        animals.append(sample_animal(rng, rng.uniform(0.3, 0.4), pick(rng, (0.15, 0.85))))
+    return Scene(pick(rng, tuple(DAYLIGHT)), rng.uniform(0.92, 1.04), rng.uniform(0.05, 0.95),
+                 horizon, ground, int(rng.integers(2**31)), tuple(trees), tuple(tufts),
+                 tuple(animals))
+
+
+# 2. Geometry: tubes with coordinates -------------------------------------------------------------
+
+class Tube:
+    """A smooth tapered tube seen from the side: a spine of points with a radius each.
+
+    `points`: (K, 3) rows x, y, radius. `at(s, v)` maps tube coordinates to the plane: s in
+    [0, length] along the spine, v in [-1, 1] across it, +1 on the left hand of somebody walking it.
+    """
+
+    def __init__(self, points, steps=4):
+        p = np.asarray(points, dtype=float)
+        p = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+        a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]  # Catmull-Rom: passes through every point
+        t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
+        curve = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - a - 3 * c + d)))
+        self.spine = np.concatenate([curve.transpose(1, 0, 2).reshape(-1, 3), p[-2:-1]])
+        gap = np.diff(self.spine[:, :2], axis=0)
+        step = np.concatenate([gap[:1], gap[:-1] + gap[1:], gap[-1:]])
+        self.left = np.stack([-step[:, 1], step[:, 0]], axis=1) / np.hypot(*step.T)[:, None]
+        self.s = np.concatenate([[0.0], np.cumsum(np.hypot(*gap.T))])
+        self.length = self.s[-1]
+
+    def at(self, s, v):
+        """Points (..., 2) at tube coordinates s and v, which broadcast."""
+        i = np.searchsorted(self.s, s, side="right").clip(1, len(self.s) - 1)
+        t = ((s - self.s[i - 1]) / (self.s[i] - self.s[i - 1]))[..., None]
+        centre = self.spine[i - 1] * (1 - t) + self.spine[i] * t
+        left = self.left[i - 1] * (1 - t) + self.left[i] * t
+        return centre[..., :2] + np.asarray(v)[..., None] * centre[..., 2:] * left
+
+    def outline(self):
+        """The whole tube as an outline (M, 2)."""
+        out = self.spine[:, 2:] * self.left
+        return np.concatenate([self.spine[:, :2] - out, (self.spine[:, :2] + out)[::-1]])
+
+    def strips(self, root, count):
+        """`count` nested outlines (M, 2), from s = root to the end; number k has v >= 2k/count - 1.
+
+        Number 0 is all of it. With a root > 0 the start is round, as a muscle grows out of a body.
+        """
+        v = np.linspace(-1, 1, count + 1)
+        s = np.maximum(self.s[:, None], root * (1 + 0.7 * v * v))
+        grid = self.at(s, v)  # (N, count + 1, 2)
+        return [np.concatenate([grid[:, k], grid[::-1, -1], grid[0, k:][::-1]])
+                for k in range(count)]
+
+
+@dataclass
+class Part:
+    """A named piece of an animal; `label` is in LABELS, `far` is true on the side away from us."""
+
+    label: str
+    tube: Tube
+    colour: tuple | None = None  # None: the coat
+    far: bool = False
+    period: float = 0.0  # of the stripes, in units; 0 has none
+    lean: float = 0.0  # how far stripes at the tube's start slope
+    root: float = 0.0  # where (s) the part leaves the body: shading and stripes begin there
+
+    def stripes(self):
+        """The dark stripes as outlines (K, 2M, 2) in body coordinates."""
+        v, end = np.linspace(-1, 1, 9), self.tube.length
+        centre = np.arange(self.root + self.period / 2, end, self.period)[:, None]
+        taper = 0.55 + 0.45 * np.sin((v + 1) * math.pi / 4) if self.label == "body" else 1.0
+        middle = centre - self.lean * v * (1 - centre / end) + 0.2 * self.period * v * v
+        half = 0.27 * self.period * taper
+        s = np.concatenate([middle - half, (middle + half)[:, ::-1]], axis=1)
+        return self.tube.at(s.clip(self.root, end), np.concatenate([v, v[::-1]]))
+
+
+# Rows of x, y, radius.
+BODY = ((-.53, .80, .03), (-.51, .79, .10), (-.44, .77, .175), (-.30, .765, .21),
+        (-.10, .735, .215), (.10, .735, .222), (.28, .757, .23), (.41, .765, .185),
+        (.485, .765, .12), (.515, .755, .04))
+# Rows of x, y, radius, and the share of the stride that the point takes part in.
+FORELEG = ((.32, .76, .06, 0), (.335, .66, .10, 0), (.345, .54, .085, .1), (.35, .42, .06, .35),
+           (.355, .32, .047, .55), (.352, .20, .034, .75), (.352, .10, .039, .95),
+           (.365, .05, .036, 1))
+HINDLEG = ((-.385, .84, .07, 0), (-.375, .74, .135, 0), (-.35, .62, .14, .05),
+           (-.345, .50, .098, .15), (-.395, .40, .064, .3), (-.425, .32, .052, .45),
+           (-.41, .20, .036, .7), (-.405, .10, .041, .95), (-.39, .05, .037, 1))
+
+
+def leg_parts(joints, phase, animal, far):
+    """A leg and its hoof: the foot swings by the sine of the phase, lifts on its way forward."""
+    joints = np.array(joints)
+    share = joints[:, 3]
+    swing = animal.stride * math.sin(phase)
+    lift = 0.6 * animal.stride * max(0.0, math.cos(phase))
+    bend = 2.4 * lift * share * (1 - share)  # the middle joint gives way while the foot is up
+    joints[:, 0] += swing * share + bend + (0.03 if far else -0.02)
+    joints[:, 1] += lift * share
+    x, y = joints[-1, :2]
+    hoof = Tube([(x, y + .015, .036), (x + .004, y - .02, .042), (x + .008, y - .05, .05)])
+    leg = Tube(joints[:, :3])
+    root = 0.0 if far else 0.11
+    return [Part("leg", leg, far=far, period=0.094, root=root), Part("hoof", hoof, HOOF, far=far)]
+
+
+def along(start, steps):
+    """Points x, y, radius of a chain: each step is (length, angle in degrees, radius)."""
+    x, y, radius = start
+    points = [start]
+    for length, angle, radius in steps:
+        x += length * math.cos(math.radians(angle))
+        y += length * math.sin(math.radians(angle))
+        points.append((x, y, radius))
+    return points
+
+
+@lru_cache(maxsize=16)  # shadow, plain and striped pictures share the geometry
+def animal_parts(animal):
+    """The parts of an animal, far ones first, in body coordinates.
+
+    x forwards, y up, the hooves at y = 0, the withers at y = 1.
+    """
+    g, phase = animal.graze, animal.phase
+    neck_low, neck_high, nose = 42 - 68 * g, 58 - 122 * g, -38 - 34 * g
+    neck = Tube(along((.29, .79, .19), [
+        (.13, neck_low, .185), (.15, (neck_low + neck_high) / 2, .145),
+        (.15, neck_high, .112), (.11, neck_high, .092)]))
+    poll = neck.at(neck.length - .02, 0.15)
+    head = Tube(along((*poll, .07), [(.07, nose, .098), (.08, nose, .102), (.10, nose, .078),
+                                     (.08, nose, .062), (.05, nose, .058), (.03, nose, .03)]))
+    muzzle = Tube(along((*head.at(.335, 0), .061), [(.045, nose, .06), (.035, nose, .034)]))
+    crown = head.at(.015, .75)
+    ears = [Tube(along((*crown, .016), [(.04, nose + tilt, .028), (.05, nose + tilt, .022),
+                                        (.04, nose + tilt, .003)])) for tilt in (90, 118)]
+    eye = Tube(along((*head.at(.115, .35), .006), [(.006, nose, .014), (.012, nose, .014),
+                                                   (.006, nose, .006)]))
+    crest = [*neck.at(np.linspace(.13, neck.length - .02, 5), 0.97),
+             head.at(.05, .95), head.at(.12, .9)]
+    mane = Tube([(*point, r) for point, r in zip(crest, (.01, .032, .04, .042, .038, .03, .008),
+                                                 strict=True)])
+    sway = 0.05 * math.sin(phase)
+    tail = Tube([(-.49, .89, .02), (-.56, .84, .028), (-.60, .70, .034), (-.61 + sway, .54, .046),
+                 (-.60 + 2 * sway, .38, .012)])
+    quarter = math.pi / 2  # a walk is four beats: each leg a quarter turn after another
+    far_legs = (leg_parts(HINDLEG, phase + 2 * quarter, animal, True)
+                + leg_parts(FORELEG, phase + 3 * quarter, animal, True))
+    near_legs = (leg_parts(HINDLEG, phase, animal, False)
+                 + leg_parts(FORELEG, phase + quarter, animal, False))
+    return [*far_legs, Part("tail", tail, HAIR), Part("ear", ears[0], far=True, period=.1),
+            Part("body", Tube(BODY), period=0.155, lean=0.12), *near_legs,
+            Part("neck", neck, period=0.118, root=0.10),
+            Part("head", head, period=0.082), Part("muzzle", muzzle, MUZZLE),
+            Part("eye", eye, BLACK), Part("mane", mane, HAIR), Part("ear", ears[1], period=.1)]
+
+
+# 3. Painting -------------------------------------------------------------------------------------
+
+class Canvas:
+    """Three sheets of size x size: `colour` (RGB), `light` (0 shade, 255 sun), `label` (LABELS)."""
+
+    def __init__(self, size):
+        self.size = size
+        self.colour = Image.new("RGB", (size, size))
+        self.light = Image.new("L", (size, size), 255)
+        self.label = Image.new("L", (size, size), 0)
+        self._draw = [ImageDraw.Draw(sheet) for sheet in (self.colour, self.light, self.label)]
+
+    def polygon(self, points, colour=None, light=None, label=None):
+        """Fill an outline (N, 2) in picture coordinates on the sheets that are given a value."""
+        xy = np.multiply(points, self.size).ravel().tolist()
+        for draw, value in zip(self._draw, self._values(colour, light, label), strict=True):
+            if value is not None:
+                draw.polygon(xy, fill=value)
+
+    def ellipse(self, x, y, rx, ry, colour=None, light=None, label=None):
+        """Fill an ellipse with its centre at (x, y), as `polygon` does."""
+        box = [c * self.size for c in (x - rx, y - ry, x + rx, y + ry)]
+        for draw, value in zip(self._draw, self._values(colour, light, label), strict=True):
+            if value is not None:
+                draw.ellipse(box, fill=value)
+
+    @staticmethod
+    def _values(colour, light, label):
+        return (None if colour is None else tuple(int(c) for c in colour),
+                None if light is None else int(255 * light),
+                None if label is None else LABELS.index(label))
+
+
+def mix(a, b, t):
+    """Colour between a (t = 0) and b (t = 1)."""
+    return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))
+
+
+def sun_direction(scene):
+    """Unit vector (right, up, towards us) that points at the sun."""
+    height = DAYLIGHT[scene.daylight]["height"]
+    v = np.array([math.cos(height) * (2 * scene.sun_x - 1), math.sin(height), 0.45])
+    return v / np.linalg.norm(v)
+
+
+def paint_backdrop(canvas, scene):
+    """Sky, clouds, sun, hills and ground: smooth things, for which 64 x 64 numbers are enough."""
+    day, rng, size = DAYLIGHT[scene.daylight], np.random.default_rng(scene.form), canvas.size
+    y, x = np.mgrid[0:64, 0:64] / 63.0
+    top, low, sun = (np.array(day[key], dtype=float) for key in ("top", "low", "sun"))
+    sky = top + (low - top) * np.clip(y / scene.horizon, 0, 1)[..., None] ** 1.3
+    sun_y = scene.horizon * (1 - 0.75 * math.sin(day["height"]))
+    glow = np.exp(-((x - scene.sun_x) ** 2 + (y - sun_y) ** 2) / 0.05)
+    glow *= 0.65 if day["disc"] else 0.2
+    sky += (np.array([255, 244, 214]) - sky) * glow[..., None]
+    for _ in range(rng.integers(2, 6)):
+        cx, cy = rng.uniform(0, 1), rng.uniform(0.02, 0.8) * scene.horizon
+        width, density = rng.uniform(0.06, 0.16), rng.uniform(0.3, 0.7)
+        cloud = np.exp(-((x - cx) / width) ** 2 - ((y - cy) / (0.2 * width)) ** 2)
+        sky += ((sun + 20).clip(0, 255) - sky) * density * cloud[..., None]
+    canvas.colour.paste(Image.fromarray(sky.clip(0, 255).astype(np.uint8)).resize((size, size)))
+    if day["disc"]:
+        canvas.ellipse(scene.sun_x, sun_y, 0.035, 0.035, (255, 250, 230))
+    for height, haze in ((0.11, 0.72), (0.06, 0.5)):
+        xs = np.linspace(0, 1, 40)
+        ridge = sum(np.sin(xs * f + rng.uniform(0, 6.3)) / f for f in (4, 7, 13)) * 2.2 + 0.5
+        ridge = scene.horizon + 0.01 - height * ridge.clip(0.05, 1.5)
+        hill = mix(mix(scene.ground, (96, 116, 118), 0.65), day["low"], haze)
+        foot = scene.horizon + 0.02
+        canvas.polygon([*zip(xs, ridge, strict=True), (1, foot), (0, foot)], hill, label="hill")
+    near = np.array(scene.ground, dtype=float)
+    far = np.array(mix(scene.ground, day["low"], 0.4))
+    earth = near + (far - near) * ((1 - y) ** 2)[..., None]
+    patches = Image.fromarray(rng.normal(0, 1, (12, 5)).astype(np.float32)).resize((64, 64), 3)
+    earth *= 1 + 0.045 * np.asarray(patches)[..., None]
+    first = round(scene.horizon * size)
+    earth = Image.fromarray(earth.clip(0, 255).astype(np.uint8)).resize((size, size - first))
+    canvas.colour.paste(earth, (0, first))
+    edge = first / size
+    canvas.polygon([(0, edge), (1, edge), (1, 1), (0, 1)], light=0.9, label="ground")
+
+
+def paint_tree(canvas, scene, tree):
+    """A trunk and a crown of clumps, dark below and lit towards the sun; hazy when far away."""
+    rng, h = np.random.default_rng(tree.form), tree.height
+    haze = 0.5 * max(0.0, 1 - (tree.y - scene.horizon) / 0.2)
+    low = DAYLIGHT[scene.daylight]["low"]
+    bark, leaf = mix(BARK, low, haze), mix(tree.leaf, low, haze)
+    lean = rng.uniform(-0.08, 0.08) * h
+    if tree.kind == "acacia":
+        for dx in (-0.2, 0.02, 0.22):
+            trunk = Tube([(tree.x, tree.y, .03 * h), (tree.x + lean, tree.y - .42 * h, .022 * h),
+                          (tree.x + lean + dx * h, tree.y - .84 * h, .008 * h)])
+            canvas.polygon(trunk.outline(), bark, 0.5, "trunk")
+        rise = rng.uniform(-.03, .03, 5) - .07 * np.cos(3.4 * np.array((-.36, .36, -.2, .2, 0)))
+        clumps = [(lean + dx * h, (dy - .86) * h, .17 * h, .062 * h)
+                  for dx, dy in zip((-.36, .36, -.2, .2, 0), rise, strict=True)]
+    elif tree.kind == "round":
+        trunk = Tube([(tree.x, tree.y, .045 * h), (tree.x + lean, tree.y - .5 * h, .03 * h)])
+        canvas.polygon(trunk.outline(), bark, 0.5, "trunk")
+        clumps = [(lean + .2 * h * math.cos(a), (-.68 - .17 * math.sin(a)) * h, r * h, r * h * .9)
+                  for a, r in zip(np.arange(6) * 1.05, rng.uniform(.15, .2, 6), strict=True)]
+        clumps = sorted(clumps, key=lambda c: c[1]) + [(lean, -.66 * h, .19 * h, .17 * h)]
+    else:
+        clumps = [(dx * h, -rng.uniform(.35, .6) * h, .5 * h, .42 * h)
+                  for dx in (-.6, .6, -.25, .3)]
+    sun = sun_direction(scene)
+    for x, y, rx, ry in clumps:
+        x, y = x + tree.x, y + tree.y
+        canvas.ellipse(x, y, rx, ry, leaf, 0.12, "leaves")
+        for k in (0.85, 0.62, 0.38):  # brighter and brighter caps, pushed towards the sun
+            canvas.ellipse(x + .5 * (1 - k) * rx * sun[0], y - .8 * (1 - k) * ry, k * rx, k * ry,
+                           light=1.08 - 0.85 * k)
+
+
+def paint_tuft(canvas, tuft):
+    """A fan of grass blades, as one zigzag outline."""
+    x, y, h = tuft.x, tuft.y, tuft.height
+    points = [(x - 0.35 * h, y)]
+    for tip in tuft.tips:
+        points += [(x + tip * h, y - h * (1.1 - 0.5 * abs(tip))), (x + 0.3 * tip * h, y - 0.25 * h)]
+    canvas.polygon([*points, (x + 0.35 * h, y)], tuft.colour, 0.8, "grass")
+
+
+def place(animal, points):
+    """Body coordinates (..., 2) to picture coordinates."""
+    scale = np.array([animal.facing * animal.unit, -animal.unit])
+    return points * scale + np.array([animal.x, animal.y])
+
+
+def paint_animal(canvas, scene, animal, coat):
+    """Paint each part, its stripes if `coat` is "zebra", and its light (a Lambert cylinder)."""
+    sun = sun_direction(scene)
+    fine = max(8, canvas.size // 28)  # strips of light: enough that their steps cannot be seen
+    for part in animal_parts(animal):
+        thick = part.label in ("body", "neck")
+        strips = part.tube.strips(part.root, fine if thick else fine * 2 // 3)
+        base = part.colour or (animal.plain if coat == "plain" else WHITE)
+        canvas.polygon(place(animal, strips[0]), base, label=part.label)
+        if part.period:  # in every coat: a stripe's rounded edge may reach a pixel past the tube,
+            for outline in place(animal, part.stripes()):  # and silhouettes must be the same
+                canvas.polygon(outline, BLACK if coat == "zebra" else base, label=part.label)
+        across = part.tube.left[len(part.tube.left) // 2] * (animal.facing, 1)
+        for k, outline in enumerate(strips):
+            v = (2 * k + 1) / len(strips) - 1
+            towards_sun = v * (across @ sun[:2]) + math.sqrt(1 - v * v) * sun[2]
+            light = (0.1 + 0.95 * max(0.0, towards_sun)) * (0.3 if part.far else 1)
+            canvas.polygon(place(animal, outline), light=min(1.0, light))
+
+
+def paint_shadows(canvas, scene):
+    """Shadows on the ground: the animals' own outlines, laid down away from the sun."""
+    sun = sun_direction(scene)
+    slope = np.clip(-sun[0] / sun[1], -0.9, 0.9)
+    for tree in scene.trees:
+        h = tree.height
+        canvas.ellipse(tree.x + .3 * slope * h, tree.y, .36 * h, .035 * h, light=0.25)
+    for animal in scene.animals:
+        canvas.ellipse(animal.x + 0.2 * slope * animal.unit, animal.y, .52 * animal.unit,
+                       .045 * animal.unit, light=0.2)
+        for part in animal_parts(animal):
+            if part.label in ("hoof", "eye", "muzzle"):
+                continue  # their shadows are lost among the others
+            points = place(animal, part.tube.outline())
+            height = animal.y - points[:, 1]
+            flat = np.stack([points[:, 0] + slope * height, animal.y - 0.1 * height], axis=1)
+            canvas.polygon(flat, light=0.2)
+
+
+def paint(scene, size, coat):
+    """A Canvas of size x size with the scene on it, far things first."""
+    if coat not in COATS:
+        raise ValueError(f"coat is {coat!r}, expected one of {', '.join(COATS)}")
+    canvas = Canvas(size)
+    paint_backdrop(canvas, scene)
+    paint_shadows(canvas, scene)
+    for thing in sorted([*scene.trees, *scene.tufts, *scene.animals], key=lambda thing: thing.y):
+        if isinstance(thing, Animal):
+            paint_animal(canvas, scene, thing, coat)
+        elif isinstance(thing, Tree):
+            paint_tree(canvas, scene, thing)
+        else:
+            paint_tuft(canvas, thing)
+    return canvas
+
+
+def supersample(size):
+    """How many times finer than the picture to paint: 4 for small pictures, 2 from 256 pixels."""
+    return max(2, min(4, 512 // size))
+
+
+def render(scene, size, coat="plain"):
+    """The scene as an RGB Pillow picture of size x size pixels; coat: "plain" or "zebra".
+
+    Box filtering keeps each pixel's colour inside the pixel: a coat changes no pixel outside of it.
+    """
+    times, day = supersample(size), DAYLIGHT[scene.daylight]
+    canvas = paint(scene, size * times, coat)
+    light = canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))
+    ramp = np.linspace(day["shade"], day["sun"], 256) * scene.brightness  # (256 levels of light, 3)
+    ramp = ramp.clip(0, 255).astype(np.uint8)
+    tint = Image.merge("RGB", [light.point(channel.tolist()) for channel in ramp.T])
+    return ImageChops.multiply(canvas.colour, tint).reduce(times)
+
+
+def coat_mask(scene, size):
+    """How much of each pixel is coat, as `render` sees it: float32 array (size, size) in [0, 1]."""
+    times = supersample(size)
+    label = np.asarray(paint(scene, size * times, "plain").label)
+    coat = np.isin(label, [LABELS.index(name) for name in COAT_PARTS])
+    return coat.reshape(size, times, size, times).mean(axis=(1, 3), dtype=np.float32)
+
+
+# 4. Data sets on disk ----------------------------------------------------------------------------
+
+STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
+OURS = re.compile(r"(train|test)[AB]/\d{4,}\.png|contact\.png|toy\.json")
+
+
+def describe(name, n, size, seed):
+    """What identifies a drawn data set; ValueError when a number makes no sense."""
+    for key, value, least in (("n", n, 1), ("size", size, 16), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{key} is {value}, expected at least {least}")
+    return dict(world=VERSION, name=name, n=n, size=size, seed=seed)
+
+
+def files_in(folder):
+    """Every file below `folder`, as relative paths with forward slashes."""
+    return (f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir())
+
+
+def is_complete(folder, description):
+    """Whether `folder` holds that data set, drawn by this version of the world, no file lost."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text())
+        return stamp == {**description, "files": sum(1 for _ in files_in(folder))}
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_foreign(folder, stamped=True):
+    """ValueError if `folder` holds files not drawn here, which must not be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder")
+    for name in files_in(folder) if folder.exists() else ():
+        if not OURS.fullmatch(name) or stamped and not (folder / STAMP).exists():
+            raise ValueError(f"{folder} holds other files ({name}), choose a new or empty folder")
+
+
+def sibling(folder):
+    """A new name next to `folder`, so that a rename moves one onto the other in one step."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+@contextmanager
+def published(out, description):
+    """Gives a temporary folder to draw in, which becomes `out` if all goes well; else no change.
+
+    An older data set of ours in `out` is replaced, except that when another process drew the same
+    one in the meantime, the first one stays. Raises ValueError (foreign files), OSError.
+    """
+    out = Path(os.path.abspath(out))
+    refuse_foreign(out)
+    had_one, had_it = out.exists(), is_complete(out, description)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new, old = sibling(out), sibling(out)
+    new.mkdir()
+    try:
+        yield new
+        stamp = {**description, "files": 1 + sum(1 for _ in files_in(new))}
+        (new / STAMP).write_text(json.dumps(stamp) + "\n")
+        if had_it or not is_complete(out, description):
+            if had_one:
+                os.rename(out, old)
+            os.rename(new, out)
+    except OSError:
+        if not is_complete(out, description):  # else another process was faster by a hair
+            if old.exists() and not out.exists():
+                os.rename(old, out)
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def contact_sheet(folder, rows, path, columns=8):
+    """Save a picture of samples: one row of files per (sub-folder, caption) pair in `rows`."""
+    names = sorted(f.name for f in (folder / rows[0][0]).iterdir())
+    columns = min([columns] + [len(list((folder / split).iterdir())) for split, _ in rows])
+    size = Image.open(folder / rows[0][0] / names[0]).width
+    tile = min(256, size * math.ceil(160 / size))  # whole multiples keep small pixels square
+    gap, strip, font = 4, 22, ImageFont.load_default(14)
+    width, height = gap + columns * (tile + gap), gap + len(rows) * (tile + strip)
+    sheet = Image.new("RGB", (max(400, width), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (split, caption) in enumerate(rows):
+        top = r * (tile + strip)
+        draw.text((gap, top + 3), f"{split}: {caption}", fill=(40, 40, 40), font=font)
+        for c in range(columns):
+            picture = Image.open(folder / split / f"{c:04d}.png")
+            grow = Image.Resampling.NEAREST if tile >= size else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((tile, tile), grow), (gap + c * (tile + gap), top + strip))
+    sheet.save(path)
+
+
+def horse2zebra(out, n=400, size=64, seed=0, n_test=40):
+    """Draw the unpaired data set plain coats (A) / zebra stripes (B) into the folder `out`.
+
+    Writes RGB PNGs of size x size pixels: trainA and trainB (`n` each, no scene in common), testA
+    and testB (`n_test` each; equal names show the same scene), and contact.png, a sheet of samples.
+    Scene i of a split depends on seed, split and i only: a larger n adds pictures, changes none.
+    Raises ValueError for numbers out of range and for an `out` that holds other files; OSError.
+    """
+    if n_test < 1:
+        raise ValueError(f"n_test is {n_test}, expected at least 1")
+    draw_coats(out, describe("horse2zebra", n, size, seed), {
+        "trainA": (0, n, "plain"), "trainB": (1, n, "zebra"),
+        "testA": (2, n_test, "plain"), "testB": (2, n_test, "zebra")})
+
+
+def horse2zebra_single(out, n=1, size=256, seed=0):
+    """One picture per domain, for training on a single pair: trainA and trainB show different
+    scenes; testA repeats trainA's picture and testB is its true answer. Like `horse2zebra`."""
+    if n != 1:
+        raise ValueError(f"n is {n}, expected 1: this data set is a single pair")
+    draw_coats(out, describe("horse2zebra_single", n, size, seed), {
+        "trainA": (2, 1, "plain"), "trainB": (1, 1, "zebra"),
+        "testA": (2, 1, "plain"), "testB": (2, 1, "zebra")})
+
+
+def draw_coats(out, description, folders):
+    """Fill `out` with {sub-folder: (number of the scenes' stream, how many, coat)}."""
+    captions = ("plain coats", "zebra stripes, other scenes", "plain coats",
+                "the same scenes, striped: the true answers")
+    with published(out, description) as folder:
+        for sub, (stream, count, coat) in folders.items():
+            (folder / sub).mkdir()
+            for i in range(count):
+                scene = sample_scene(np.random.default_rng([description["seed"], stream, i]))
+                render(scene, description["size"], coat).save(folder / sub / f"{i:04d}.png")
+        contact_sheet(folder, list(zip(folders, captions, strict=True)), folder / "contact.png")
+
+
+def window_mean(x, radius):
+    """Mean over the (2 radius + 1)-pixel square around each pixel, edges repeated; (..., H, W)."""
+    side = 2 * radius + 1
+    x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(radius, radius)] * 2, mode="edge")
+    for axis in (-2, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(x, side, axis=axis)
+        x = windows.mean(axis=-1)
+    return x
+
+
+def coat_scores(x, y_hat, y):
+    """Scores of translations y_hat of plain pictures x against their true answers y.
+
+    All are float arrays (N, 3, H, W) in [-1, 1]; scores are in grey levels of 0..255, lower is
+    better. On the coat (where x and y differ) the local mean and the local deviation, in windows of
+    about one and a half stripes, are compared: stripes count, their exact places do not. Elsewhere
+    y equals x, and the plain difference is taken. Returns [{"name", "value", "better", "trivial"}],
+    with what the trivial answers would get: copy x; paint the coat in its mean colour; answer the
+    mean colour of all y everywhere. No trivial answer is good at both.
+    """
+    x, y_hat, y = (np.asarray(a, dtype=np.float64) for a in (x, y_hat, y))
+    coat = np.abs(x - y).max(axis=1) > 0  # (N, H, W)
+    radius = max(1, round(x.shape[-1] * 0.05))
+
+    def local(a):
+        mean = window_mean(a, radius)
+        return mean, np.sqrt(np.maximum(window_mean(a * a, radius) - mean * mean, 0))
+
+    def on_coat(a):
+        return sum(np.abs(one - other).mean(axis=1)[coat].mean()
+                   for one, other in zip(local(a), local(y), strict=True)) * 127.5
+
+    def elsewhere(a):
+        return np.abs(a - y).mean(axis=1)[~coat].mean() * 127.5
+
+    spread = y.transpose(1, 0, 2, 3)  # (3, N, H, W)
+    painted = np.where(coat[:, None], spread[:, coat].mean(axis=1)[:, None, None], x)
+    flat = np.broadcast_to(y.mean(axis=(0, 2, 3))[:, None, None], y.shape)
+    answers = {"copy the input": x, "mean coat colour": painted, "mean colour": flat}
+    return [{"name": name, "value": float(score(y_hat)), "better": "lower",
+             "trivial": {answer: float(score(a)) for answer, a in answers.items()}}
+            for name, score in (("coat error", on_coat), ("background error", elsewhere))]
+
+
+DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single}
+DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1}
+
+
+def ensure(name, size, root="datasets", n=None, seed=0):
+    """The folder root/toy/NAME-SIZE with that data set, drawn now unless it is there already.
+
+    The folder's name gets -nN-sSEED when these are not the defaults. A folder that is incomplete or
+    from another version of the world is drawn again. Processes may call this at the same time.
+    Returns a Path. Raises ValueError (unknown name, bad numbers, foreign files), OSError.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}, expected one of: {', '.join(DATASETS)}")
+    n = DEFAULT_N[name] if n is None else n
+    description = describe(name, n, size, seed)
+    suffix = "" if (n, seed) == (DEFAULT_N[name], 0) else f"-n{n}-s{seed}"
+    folder = Path(root) / "toy" / f"{name}-{size}{suffix}"
+    if not is_complete(folder, description):
+        if folder.exists() and not (folder / STAMP).exists():
+            refuse_foreign(folder, stamped=False)
+            leftover = sibling(folder)
+            os.rename(folder, leftover)
+            shutil.rmtree(leftover)
+        DATASETS[name](folder, n=n, size=size, seed=seed)
+    return folder
+
+
+# 5. By hand --------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints on one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv=None):
+    parser = Parser(prog="toy.py", description="Draw a data set of the toy world.")
+    parser.add_argument("name", help=f"one of: {', '.join(DATASETS)}")
+    parser.add_argument("--out", help="folder to draw into (default: datasets/toy/NAME-SIZE)")
+    parser.add_argument("--n", type=int, help="training pictures per domain (default: 400)")
+    parser.add_argument("--size", type=int, default=64, help="pixels, at least 16")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes")
+    args = parser.parse_args(argv)
+    try:
+        if args.name not in DATASETS or args.out is None:
+            out = ensure(args.name, args.size, n=args.n, seed=args.seed)
+        else:
+            out = Path(args.out)
+            n = DEFAULT_N[args.name] if args.n is None else args.n
+            DATASETS[args.name](out, n=n, size=args.size, seed=args.seed)
+    except ValueError as problem:
+        parser.error(str(problem))
+    except OSError as problem:
+        parser.error(f"cannot write {args.out or problem.filename}: {problem.strerror}")
+    print(f"{args.name}: {out}\nsamples: {out / 'contact.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
