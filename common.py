@@ -60,8 +60,8 @@ def entry(main):
     except UserError as error:  # a data-loader worker wraps it in a traceback: keep the last line
         message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
     except (MemoryError, RuntimeError) as error:  # CUDA, MPS and the CPU say it each in its way
-        full = re.search("out of memory|not enough memory|allocate memory", str(error))
-        if not full and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        known = re.search("out of memory|not enough memory|allocate memory", str(error))
+        if not known and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         message = "out of memory: lower --size or --batch, or add --amp"
     except KeyboardInterrupt:
@@ -311,7 +311,7 @@ def unzip(archive, folder):
 # =============================================================================================
 
 
-def InstanceNorm(channels):  # noqa: N802 (used like a layer)
+def InstanceNorm(channels):
     """Instance normalisation without parameters, (B, C, H, W) -> same shape (Ulyanov 2016).
 
     WHY: `nn.InstanceNorm2d` returns wrong input gradients on the CPU (torch 2.13, 2.15) for batch

@@ -146,14 +146,14 @@ def sample_scene(rng):
     horizon = rng.uniform(0.34, 0.5)
     ground = vary(rng, pick(rng, GROUNDS), 0.06)
     trees = []
-    for _ in range(rng.integers(4, 9)):
+    for _ in range(rng.integers(2, 6)):
         depth = rng.uniform(0.02, 0.6) ** 1.5
         kind = pick(rng, ("acacia", "acacia", "round", "bush"))
         height = (0.14 + 0.75 * depth) * (0.4 if kind == "bush" else 1) * rng.uniform(0.8, 1.25)
         trees.append(Tree(kind, rng.uniform(-0.05, 1.05), horizon + depth * (1 - horizon), height,
                           vary(rng, pick(rng, LEAVES), 0.12), int(rng.integers(2**31))))
     tufts = []
-    for _ in range(rng.integers(18, 36)):
+    for _ in range(rng.integers(8, 18)):
         depth = rng.uniform(0.08, 1.04)
         tufts.append(Tuft(rng.uniform(0, 1), horizon + depth * (1 - horizon),
                           (0.015 + 0.045 * depth) * rng.uniform(0.7, 1.3),

@@ -73,7 +73,7 @@ def count(net):
 
 
 def test_parameter_counts_at_the_papers_widths():
-    for flags in ([], ["--no-antialias"]):
+    for flags in ([], ["--no-antialias-G", "--no-antialias-D"]):
         m = cut.build(cut.get_args(["--data", ".", *flags]), torch.device("cpu"))
         assert (count(m.G), count(m.D), count(m.H)) == (11_378_179, 2_764_737, 560_384)
     m = cut.build(cut.get_args(["--data", ".", "--mode", "sincut"]), torch.device("cpu"))
@@ -345,7 +345,7 @@ def naive_step(m, x, y, args, places, flip):
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("flags", [[], ["--lambda-Y", "0", "--lambda-X", "10"],
                                    ["--flip-equivariance"], ["--nce-layers", "4"],
-                                   ["--no-antialias", "--no-channels-last"]])
+                                   ["--no-antialias-G", "--no-antialias-D", "--no-channels-last"]])
 def test_step_equals_the_naive_one(B, flags):
     args = tiny_args("--batch", str(B), *flags)
     m = double(cut.build(args, torch.device("cpu")))

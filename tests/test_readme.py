@@ -1,0 +1,156 @@
+"""What README and docstrings promise: files, flags, commands, equation tags, sizes."""
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import common
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = [p.stem for p in sorted(ROOT.glob("*.py")) if p.stem not in ("bench", "common", "toy")]
+SECTIONS = ["1. Configuration", "2. Networks", "3. Losses", "4. Data", "5. One training step",
+            "6. Training loop", "7. Translate", "8. Main"]
+
+
+def source(script):
+    return (ROOT / f"{script}.py").read_text()
+
+
+def docstring(script):
+    return ast.get_docstring(ast.parse(source(script)))
+
+
+def parser_of(script, monkeypatch):
+    """The script's ArgumentParser, caught on its way to `parse_flags`."""
+    caught = {}
+
+    def catch(p, *_):
+        caught["parser"] = p
+        raise StopIteration
+
+    monkeypatch.setattr(common, "parse_flags", catch)
+    with pytest.raises(StopIteration):
+        importlib.import_module(script).get_args([])
+    return caught["parser"]
+
+
+def commands(text):
+    """(script, flags) of every `python script.py ...` or torchrun command in a text."""
+    found = []
+    for line in text.splitlines():
+        line = line.split("#")[0]
+        for match in re.finditer(r"(?:python|torchrun(?: --\S+)*) (\w+)\.py([^`|&)]*)", line):
+            found.append((match[1], shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", match[2]))))
+    return found
+
+
+def test_table_says_which_scripts_exist():
+    linked = set(re.findall(r"^\| \[(\w+)\.py\]\(\w+\.py\) ", README, re.MULTILINE))
+    planned = set(re.findall(r"^\| (\w+)\.py .*\| planned \|$", README, re.MULTILINE))
+    assert linked == set(SCRIPTS)
+    assert planned and not any((ROOT / f"{name}.py").exists() for name in planned)
+
+
+def test_readme_is_short_and_its_links_and_pictures_are_there():
+    assert len(README.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+    pictures = [p for p in ROOT.rglob("*") if p.suffix in (".png", ".jpg")
+                and not {"runs", "datasets", "translated"} & set(p.relative_to(ROOT).parts)]
+    assert 0 < sum(p.stat().st_size for p in pictures) < 300_000
+
+
+def test_ci_runs_the_readmes_commands():
+    ci = (ROOT / ".ci/run").read_text()
+    assert "pip install -r requirements.txt && pytest" in README
+    assert "-r requirements.txt" in ci and "\npytest" in ci and "\nruff check" in ci
+
+
+def test_every_command_in_the_readme_parses():
+    ours = [(s, flags) for s, flags in commands(README) if s in SCRIPTS and "--help" not in flags]
+    assert len(ours) >= 8
+    for script, flags in ours:
+        flags = [f for f in flags if f != "--resume"]
+        if "--weights" in flags:  # the file is the reader's
+            at = flags.index("--weights")
+            del flags[at:at + 2]
+        assert isinstance(importlib.import_module(script).get_args(flags), argparse.Namespace)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_equation_tags_match_the_docstring_both_ways(script):
+    listed = set(re.findall(r"Eq\. \(([\d.]+)\)", docstring(script)))
+    text = source(script)
+    body = text[text.index("\nimport "):]
+    tagged = set(re.findall(r"Eq\. \(([\d.]+)\)", body))
+    assert listed == tagged and listed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstring_parts_and_sections_in_order(script):
+    doc = docstring(script)
+    assert len(doc.splitlines()) <= 70
+    places = [doc.index(word) for word in ("SYMBOLS", "OBJECTIVE", "CHOICES", "USAGE", "EXPECT")]
+    assert places == sorted(places)
+    banners = re.findall(r"^# =+\n# (\d\. .*)\n# =+$", source(script), re.MULTILINE)
+    assert len(banners) == len(SECTIONS)
+    assert all(b.startswith(s) for b, s in zip(banners, SECTIONS, strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_have_help_are_used_and_are_known(script, monkeypatch):
+    parser = parser_of(script, monkeypatch)
+    text = source(script) + (ROOT / "common.py").read_text()
+    known = set()
+    for action in parser._actions:
+        known |= set(action.option_strings)
+        assert action.help, action.dest
+        if action.dest != "help":
+            assert re.search(rf"args\.{action.dest}\b|rough\.{action.dest}\b", text), action.dest
+    for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", docstring(script)):
+        assert flag in known, flag
+
+
+def test_public_functions_and_classes_of_the_shared_files_have_docstrings():
+    for module in ("common", "toy"):
+        for node in ast.parse(source(module)).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                described = (ast.get_docstring(node) or "dataclass" in ast.dump(node)
+                             or node.name == "main")
+                assert described, f"{module}.{node.name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_declared_twins_are_the_same_code(script):
+    """A line '# same as other.py: Name' promises the same syntax tree, docstrings aside."""
+    def tree(text, name):
+        node = next(n for n in ast.parse(text).body if getattr(n, "name", None) == name)
+        for inner in ast.walk(node):
+            body = getattr(inner, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
+                    body[0].value, ast.Constant):
+                del body[0]
+        return ast.dump(node)
+
+    for other, name in re.findall(r"# same as (\w+)\.py: (\w+)", source(script)):
+        assert tree(source(script), name) == tree(source(other), name), f"{name} of {other}.py"
+
+
+def test_bench_measures_the_training_step():
+    assert set(bench.ROWS) == set(SCRIPTS)
+    flags = ["--data", ".", "--size", "32", "--ngf", "4", "--ndf", "4", "--blocks", "4",
+             "--device", "cpu"]
+    row = bench.measure("cut", flags, 1)
+    assert row["s"] > 0 and row["mib"] > 0 and row["ceiling"] > 0 and row["tflop"] > 0
+    module = importlib.import_module("cut")
+    m = module.build(module.get_args(flags), torch.device("cpu"))
+    assert row["params"] == {name: sum(p.numel() for p in getattr(m, name).parameters())
+                             for name in "GDH"}
