@@ -189,9 +189,9 @@ def find_split(root, split, side, layout):
 
 
 def same_size(net, x, multiple):
-    """net(x) for x (B, 3, H, W) of any size: mirror-padded to a multiple, and cropped back."""
+    """net(x) for x (B, 3, H, W) of any size: padded to a multiple (16 at least), cropped back."""
     h, w = x.shape[2:]
-    right, bottom = -w % multiple, -h % multiple
+    right, bottom = (max(16, n + -n % multiple) - n for n in (w, h))
     mode = "reflect" if right < w and bottom < h else "replicate"
     return net(F.pad(x, (0, right, 0, bottom), mode=mode))[:, :, :h, :w]
 
@@ -203,6 +203,8 @@ def translate_files(source, out, net):
     for f in tqdm(files, disable=len(files) == 1):
         name = f.stem if stems[f.stem] == 1 else f.name  # a.jpg and a.png must not collide
         target = out / f"{name}.png"
+        if target.resolve() == f.resolve():
+            raise UserError(f"--out {out}: {f} would be overwritten, choose another folder")
         picture = to_pil(net(to_tensor(open_rgb(f))[None])[0])
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ MODES = {  # Sec. 3.3.2; the parser's own defaults are CUT's
                "lambda_identity": 1.0, "nce_layers": [0, 1, 3], "patches": 1,
                "negatives": "minibatch"},
 }
-TOY = {"size": 64, "load": 64, "batch": 2, "steps": 3000, "lr": 5e-4, "ngf": 16, "ndf": 32,
+TOY = {"size": 64, "load": 64, "batch": 2, "steps": 3000, "lr": 1e-3, "ngf": 16, "ndf": 32,
        "blocks": 4, "antialias_G": False, "init": "normal", "patches": 64, "workers": 0,
        "sample_every": 500}
 TOY_MODES = {  # what learns fastest in minutes; SinCUT's L1 identity settles CUT's colours early
@@ -763,9 +763,10 @@ def released_generator(state, path):
         else:
             blocks = sum(k.endswith("conv_block.1.weight") for k in state)
             G = ResnetGenerator(len(state["model.1.weight"]), blocks, "model.7.filt" in state)
-        params = list(G.parameters())
-        for p, t in zip(params, tensors, strict=True):
-            p.data.copy_(t.reshape(p.shape) if t.squeeze().shape == p.squeeze().shape else None)
+        for p, t in zip(list(G.parameters()), tensors, strict=True):
+            if p.squeeze().shape != t.squeeze().shape:
+                raise ValueError("another layer")
+            p.data.copy_(t.reshape(p.shape))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: neither a checkpoint of cut.py nor a generator released by the "
                         "authors (latest_net_G.pth)") from None
@@ -789,6 +790,8 @@ def evaluate(args):
     scores = truth_scores(G, root, args, device) if args.data == "toy" else []
     if args.data != "toy" or args.fid_weights:
         test = test_pictures(root, args, "cpu", square=True)
+        if min(map(len, test.values())) < 2:
+            raise UserError(f"--evaluate: FID needs two or more pictures per domain in {root}")
         y_hat = (translate(G, p[None].to(device), args).cpu() for p in test["x"])
         value = common.fid(y_hat, test["y"].split(1), device, args.fid_weights)
         scores.append({"name": f"FID ({len(test['x'])} translated, {len(test['y'])} real, "

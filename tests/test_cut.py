@@ -601,13 +601,14 @@ def odd_pictures(folder):
     grey = rng.integers(0, 256, (33, 50), dtype=np.uint8)
     rgb = rng.integers(0, 256, (45, 31, 3), dtype=np.uint8)
     Image.fromarray(grey).save(folder / "grey.png")
+    Image.fromarray(grey[:1, :2]).save(folder / "tiny.png")
     Image.fromarray(rgb).save(folder / "odd.png")
     Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(folder / "rgba.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
     Image.fromarray(rgb).save(folder / "turned.jpg", exif=exif)
-    return {"grey": (50, 33), "odd": (31, 45), "rgba": (31, 45), "deep": (50, 33),
+    return {"grey": (50, 33), "tiny": (2, 1), "odd": (31, 45), "rgba": (31, 45), "deep": (50, 33),
             "turned": (45, 31)}
 
 
@@ -625,13 +626,14 @@ def test_translate_keeps_every_size(trained, tmp_path):
 def test_translate_is_g(trained, tmp_path):
     picture = np.random.default_rng(2).integers(0, 256, (32, 36, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "p.png")
-    run("--translate", tmp_path / "p.png", "--weights", trained / "last.pt", "--out", tmp_path)
+    run("--translate", tmp_path / "p.png", "--weights", trained / "last.pt",
+        "--out", tmp_path / "out")
     G = cut.ResnetGenerator(4, 4)
     G.load_state_dict(torch.load(trained / "last.pt", weights_only=True)["parts"]["G"])
     with torch.no_grad():
         y = G(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1)[0][0]
     expected = ((y + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    assert np.abs(np.asarray(Image.open(tmp_path / "p.png")) - expected).max() <= 1
+    assert np.abs(np.asarray(Image.open(tmp_path / "out/p.png")) - expected).max() <= 1
 
 
 def released_state(G):
@@ -736,6 +738,14 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert "file" in run_fails(capsys, "--data", folder, *TINY, "--out", tmp_path / "file/run")
     assert "--weights" in run_fails(capsys, "--translate", folder / "testA")
+    assert "overwritten" in run_fails(capsys, "--translate", folder / "testA", "--out",
+                                      folder / "testA", "--weights", trained / "last.pt")
+    one = tmp_path / "one"
+    for side in "AB":
+        (one / f"test{side}").mkdir(parents=True)
+        (folder / f"test{side}/0.png").rename(one / f"test{side}/0.png")
+    assert "two or more" in run_fails(capsys, "--evaluate", "--data", one,
+                                      "--weights", trained / "last.pt")
     assert "--weights" in run_fails(capsys, "--figure", "similarity", "--data", folder)
 
 
