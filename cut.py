@@ -14,7 +14,7 @@ SYMBOLS      paper                 here              shape
              x, y                  x, y              (B, 3, H, W) in [-1, 1], unpaired
              y_hat = G(x)          y_hat             (B, 3, H, W)
              G = G_dec(G_enc(x))   G.encode, decoder five feature maps (B, C_l, H_l, W_l)
-             H_l, two-layer MLP    H                 (B, C_l, H_l, W_l) -> (B, S, 256), unit rows
+             H_l, two-layer MLP    H                 (B, S, C_l) -> (B, S, 256), unit rows
              v = z_hat_l^s         q (query)         (B, S, 256), from the output
              v+, v- = z_l          k (keys)          (B, S, 256), from the input
              Z^-                   bank              (16384, 256), keys of earlier pictures
@@ -134,6 +134,7 @@ def get_args(argv=None):
         return MODES[args.mode] | (TOY_MODES[args.mode] if args.data == "toy" else {})
 
     args = common.parse_flags(p, argv, "cut", presets, run_name)
+    args.nce_layers = sorted(set(args.nce_layers))
     least = 4 if args.mode != "sincut" else args.tile
     if args.size < 32 or args.size % least:
         raise UserError(f"--size {args.size}: must be at least 32 and a multiple of {least}")
@@ -179,6 +180,28 @@ class EncoderDecoder(nn.Module):
         """x -> (G(x), G_enc(x)): whoever translates x has its features for free."""
         features = self.encode(x)
         return self.decoder(features[-1]), features
+
+    def patches(self, x, places):
+        """The features of x at places {layer: (S_l)}, [(B, S_l, C_l)].
+
+        WHY not `encode` and then pick: layers after the last one asked for are not computed, and
+        patches that are picked before the next stage runs send their gradient, a whole map, back
+        only when that stage has used up its own; five maps at once are a tenth of the memory.
+        """
+        picked = []
+        for layer in range(max(places) + 1):
+            x = self.encoder[layer - 1](x) if layer > 0 else x
+            if layer in places:
+                picked.append(pick(x, places[layer]))
+        return picked
+
+
+def pick(feature, places):
+    """A feature map (B, C, H, W) at places (S), indices into H * W -> (B, S, C).
+
+    A patch is one place of one feature map: the pixels that this place can see.
+    """
+    return feature.flatten(2)[:, :, places].transpose(1, 2)
 
 
 class ResnetGenerator(EncoderDecoder):
@@ -232,16 +255,10 @@ class Projector(nn.Module):
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(c, units), nn.ReLU(), nn.Linear(units, units)) for c in widths)
 
-    def forward(self, features, places):
-        """Features [(B, C_l, H_l, W_l)] at places [(S_l)] -> [(B, S_l, 256)], unit rows.
-
-        A patch is one place of one feature map: the pixels that this place can see.
-        """
-        z = []
-        for mlp, feature, ids in zip(self.mlps, features, places, strict=True):
-            patches = feature.flatten(2)[:, :, ids]           # (B, C_l, S_l)
-            z.append(F.normalize(common.full(mlp(patches.transpose(1, 2))), dim=2, eps=1e-7))
-        return z
+    def forward(self, patches):
+        """Patches [(B, S_l, C_l)], one entry per layer -> [(B, S_l, 256)] with rows of length 1."""
+        return [F.normalize(common.full(mlp(p)), dim=2, eps=1e-7)
+                for mlp, p in zip(self.mlps, patches, strict=True)]
 
 
 # ---- SinCUT: StyleGAN2's blocks without style (Sec. 3.3.2, "single image") ---------------------
@@ -380,8 +397,8 @@ def build(args, device):
         m.bank_X = MemoryBank(G, H, args).to(device)
         m.bank_Y = MemoryBank(G, H, args).to(device)
     if args.compile:
-        G.encode, D.forward = torch.compile(G.encode), torch.compile(D.forward)
-        G.decoder.compile()
+        G.forward, G.patches = torch.compile(G.forward), torch.compile(G.patches)
+        D.forward = torch.compile(D.forward)
     return m
 
 
@@ -435,25 +452,23 @@ class MemoryBank(nn.Module):
         self.encoder = copy.deepcopy(G).requires_grad_(False)
         self.encoder.decoder = nn.Identity()  # only the encoder half is averaged
         self.H = copy.deepcopy(H).requires_grad_(False)
-        self.momentum, self.layers = args.momentum, args.nce_layers
-        for i in range(len(self.layers)):
+        self.momentum, self.layers = args.momentum, len(args.nce_layers)
+        for i in range(self.layers):
             keys = F.normalize(torch.randn(args.bank, 256), dim=1)
             self.register_buffer(f"keys_{i}", keys)
-        self.register_buffer("oldest", torch.zeros(len(self.layers), dtype=torch.long))
+        self.register_buffer("oldest", torch.zeros(self.layers, dtype=torch.long))
 
     def keys(self):
         """[(N, 256)] per layer."""
-        return [getattr(self, f"keys_{i}") for i in range(len(self.layers))]
+        return [getattr(self, f"keys_{i}") for i in range(self.layers)]
 
     @torch.no_grad()
-    def update(self, G, H, x, patches, rng):
+    def update(self, G, H, x, places):
         """Average the networks, then replace the oldest keys by those of x (B, 3, H, W)."""
         for mine, theirs in ((self.encoder.encoder, G.encoder), (self.H, H)):
             for p, new in zip(mine.parameters(), theirs.parameters(), strict=True):
                 p.lerp_(new, 1 - self.momentum)
-        features = self.encoder.encode(x)
-        features = [features[i] for i in self.layers]
-        fresh = self.H(features, sample_places(features, patches, rng))
+        fresh = self.H(self.encoder.patches(x, places))
         for i, (bank, z) in enumerate(zip(self.keys(), fresh, strict=True)):
             z = z.flatten(0, 1)[:len(bank)]                   # (B * S_l, 256)
             bank[(self.oldest[i] + torch.arange(len(z), device=z.device)) % len(bank)] = z
@@ -466,17 +481,21 @@ def r1_penalty(logits, y):
     return grad.square().sum(dim=(1, 2, 3)).mean() / 2
 
 
-def sample_places(features, patches, rng):
-    """For each feature map `patches` distinct places (all, if it has fewer) as (S_l) indices into
-    H_l * W_l. The same for every picture of the batch; query and key must share them."""
-    return [torch.randperm(f.shape[2] * f.shape[3], generator=rng)[:patches].to(f.device)
-            for f in features]
+def sample_places(features, layers, patches, rng):
+    """{layer: (S_l) indices into H_l * W_l}: `patches` distinct places (all, if there are fewer).
+
+    The same for every picture of the batch; query and key must share them.
+    """
+    areas = {layer: features[layer][0, 0].numel() for layer in layers}
+    return {layer: torch.randperm(area, generator=rng)[:patches].to(features[layer].device)
+            for layer, area in areas.items()}
 
 
 def mirrored(places, features):
     """The same places in left-right mirrored maps: FastCUT's "features are flipped back"."""
-    widths = [f.shape[3] for f in features]
-    return [p + w - 1 - 2 * (p % w) for p, w in zip(places, widths, strict=True)]
+    widths = {layer: features[layer].shape[3] for layer in places}
+    return {layer: ids + widths[layer] - 1 - 2 * (ids % widths[layer])
+            for layer, ids in places.items()}
 
 
 # =============================================================================================
@@ -598,15 +617,15 @@ def train_step(m, x, y, args, rng, average=lambda *nets: None):
     flip = args.flip_equivariance and bool(torch.rand((), generator=rng) < 0.5)
     with autocast():
         out, features = G(source.flip(3) if flip else source)  # FastCUT: G sees a mirrored input
+        places = sample_places(features, args.nce_layers, args.patches, rng)
+        q_places = mirrored(places, features) if flip else places
         with torch.no_grad():                # keys are fixed targets, see `patch_nce`
             # Both pictures pass the same encoder: sharing makes q and k comparable. G(x) has
             # computed the input's features already (the authors' code does it again, a tenth of
             # a step); only FastCUT's keys, from the upright input, are new half of the time.
-            features = G.encode(source) if flip else features
-            features = [features[i] for i in args.nce_layers]
-            places = sample_places(features, args.patches, rng)
-            k = H(features, places)          # [(B or 2 B, S_l, 256)]
-    y_hat, features = out[:B], None          # WHY None: what only the keys needed is freed
+            k = H(G.patches(source, places) if flip
+                  else [pick(features[i], places[i]) for i in args.nce_layers])
+    y_hat, features = out[:B], None          # WHY None: maps that only the keys read are freed
 
     # ---- D: real y towards 1, y_hat towards 0; y_hat is detached, so G gets no gradient -------
     fake, real = seen_by_D(y_hat.detach()), seen_by_D(y).detach().requires_grad_(sincut)
@@ -623,31 +642,31 @@ def train_step(m, x, y, args, rng, average=lambda *nets: None):
     m.opt_D.step()
 
     # ---- G and H: fool the new D, and be recognised patch by patch ----------------------------
-    D.requires_grad_(False)  # D only passes on a gradient to y_hat
     with autocast():
         losses["GAN"] = gan(D(seen_by_D(y_hat)), True)                        # Eq. (3.5), G's side
-        queries = G.encode(out)
-        queries = [queries[i] for i in args.nce_layers]
-        q = H(queries, mirrored(places, queries) if flip else places)
+    # WHY stop at y_hat: D's weights must get no gradient here, and D's maps are freed before the
+    # encoder makes its own. The last line of this part hands the gradient on to G.
+    grad_GAN, = torch.autograd.grad(losses["GAN"], y_hat)
+    with autocast():
+        q = H(G.patches(out, q_places))      # [(B or 2 B, S_l, 256)], with gradients
     banks = getattr(m, "bank_X", None), getattr(m, "bank_Y", None)
     losses["NCE_X"] = multilayer_nce([z[:B] for z in q], [z[:B] for z in k], args, banks[0])
-    L_G = losses["GAN"] + args.lambda_X * losses["NCE_X"]                     # Eq. (3.9)
+    L_content = args.lambda_X * losses["NCE_X"]
     if args.lambda_Y > 0:                    # y itself is the input, G(y) the output
         losses["NCE_Y"] = multilayer_nce([z[B:] for z in q], [z[B:] for z in k], args, banks[1])
-        L_G = L_G + args.lambda_Y * losses["NCE_Y"]                           # Eq. (3.9)
+        L_content = L_content + args.lambda_Y * losses["NCE_Y"]
     if args.lambda_identity > 0:
         losses["identity"] = (common.full(out[B:]) - y).abs().mean()
-        L_G = L_G + args.lambda_identity * losses["identity"]
+        L_content = L_content + args.lambda_identity * losses["identity"]
     m.opt_G.zero_grad(set_to_none=True)
     m.opt_H.zero_grad(set_to_none=True)
-    L_G.backward()
+    torch.autograd.backward([L_content, y_hat], [None, grad_GAN])  # Eq. (3.9), L_GAN from y_hat on
     average(G, H)
     m.opt_G.step()
     m.opt_H.step()
-    D.requires_grad_(True)
     for bank, picture in zip(banks, (x, y), strict=True):
         if bank is not None:
-            bank.update(G, H, picture, args.patches, rng)
+            bank.update(G, H, picture, places)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -819,8 +838,8 @@ def similarity_figure(args):
             maps = [m.G.encode(p)[args.nce_layers[layer]] for p in (y_hat, x[None])]
             h, w = maps[0].shape[2:]
             everywhere = torch.arange(h * w, device=device)
-            q, k = (F.normalize(m.H.mlps[layer](f.flatten(2)[:, :, everywhere].transpose(1, 2)),
-                                dim=2)[0] for f in maps)              # (h * w, 256)
+            q, k = (F.normalize(m.H.mlps[layer](pick(f, everywhere)), dim=2)[0]
+                    for f in maps)                                    # (h * w, 256)
         points = [(h // 2, w // 2), (h // 5, w // 5)]                 # an animal's side, the sky
         row = {"G(x), queries": mark(y_hat[0], points, h, w), "x": mark(x, points, h, w)}
         for name, (r, c) in zip(("similarity, red", "similarity, blue"), points, strict=True):

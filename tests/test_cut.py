@@ -139,19 +139,31 @@ def test_sincut_at_full_size():
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_projector_gathers_and_normalises():
+def test_patches_are_the_features_at_the_places():
+    G = cut.ResnetGenerator(4, 4).double()
+    x = torch.randn(2, 3, 16, 24, dtype=torch.double)
+    features = G.encode(x)
+    places = {0: torch.tensor([7, 0, 383]), 2: torch.tensor([95, 1]), 3: torch.tensor([5])}
+    for picked, (layer, ids) in zip(G.patches(x, places), places.items(), strict=True):
+        assert picked.shape == (2, len(ids), G.widths[layer])
+        for s, place in enumerate(ids):
+            row, col = divmod(int(place), features[layer].shape[3])
+            torch.testing.assert_close(picked[:, s], features[layer][:, :, row, col])
+    calls = []
+    for i, stage in enumerate(G.encoder):
+        stage.register_forward_hook(lambda *_, i=i: calls.append(i))
+    G.patches(x, places)
+    assert calls == [0, 1, 2]  # nothing after the last layer asked for
+
+
+def test_projector_is_an_mlp_per_layer_with_unit_rows():
     H = cut.Projector([3, 5]).double()
-    features = [torch.randn(2, 3, 4, 5).double(), torch.randn(2, 5, 2, 2).double()]
-    places = [torch.tensor([7, 0, 19]), torch.tensor([3, 1])]
-    z = H(features, places)
-    for layer, (feature, ids) in enumerate(zip(features, places, strict=True)):
-        assert z[layer].shape == (2, len(ids), 256)
-        for b in range(2):
-            for s, place in enumerate(ids):
-                row, col = divmod(int(place), feature.shape[3])
-                v = H.mlps[layer](feature[b, :, row, col])
-                torch.testing.assert_close(z[layer][b, s], v / v.norm(), check_dtype=False,
-                                           rtol=1e-5, atol=1e-6)
+    patches = [torch.randn(2, 4, 3).double(), torch.randn(2, 7, 5).double()]
+    for layer, z in enumerate(H(patches)):
+        a, b = H.mlps[layer][0], H.mlps[layer][2]
+        v = torch.relu(patches[layer] @ a.weight.t() + a.bias) @ b.weight.t() + b.bias
+        torch.testing.assert_close(z, v / v.square().sum(2, keepdim=True).sqrt())
+        assert z.shape == (2, patches[layer].shape[1], 256)
 
 
 # ---- StyleGAN2's parts ----------------------------------------------------------------------
@@ -270,12 +282,13 @@ def test_patch_nce_gives_keys_and_bank_no_gradient():
 
 
 def test_places_are_distinct_shared_and_mirrored():
-    features = [torch.randn(2, 3, 4, 6), torch.randn(2, 3, 2, 2)]
-    places = cut.sample_places(features, 9, torch.Generator().manual_seed(0))
-    assert [len(p) for p in places] == [9, 4]  # all places, where there are fewer
-    assert all(len(set(p.tolist())) == len(p) for p in places)
-    for f, p, m in zip(features, places, cut.mirrored(places, features), strict=True):
-        assert torch.equal(f.flatten(2)[:, :, p], f.flip(3).flatten(2)[:, :, m])
+    features = [torch.randn(2, 3, 4, 6), torch.randn(2, 3, 9, 9), torch.randn(2, 3, 2, 2)]
+    places = cut.sample_places(features, [0, 2], 9, torch.Generator().manual_seed(0))
+    assert {layer: len(p) for layer, p in places.items()} == {0: 9, 2: 4}  # all, if fewer
+    assert all(len(set(p.tolist())) == len(p) for p in places.values())
+    for layer, m in cut.mirrored(places, features).items():
+        assert torch.equal(cut.pick(features[layer], places[layer]),
+                           cut.pick(features[layer].flip(3), m))
 
 
 def test_memory_bank_is_a_queue_filled_by_the_averaged_networks():
@@ -287,16 +300,17 @@ def test_memory_bank_is_a_queue_filled_by_the_averaged_networks():
         for p in m.G.parameters():
             p.add_(1.0)
     old = [keys.clone() for keys in bank.keys()]
-    bank.update(m.G, m.H, x, args.patches, torch.Generator().manual_seed(3))
+    places = cut.sample_places(bank.encoder.encode(x), args.nce_layers, args.patches,
+                               torch.Generator().manual_seed(3))
+    bank.update(m.G, m.H, x, places)
     for p, was in zip(bank.encoder.encoder.parameters(), before, strict=True):
         torch.testing.assert_close(p, 0.9 * was + 0.1 * (was + 1.0))
-    features = bank.encoder.encode(x)
-    places = cut.sample_places(features, args.patches, torch.Generator().manual_seed(3))
-    for fresh, keys, was in zip(bank.H(features, places), bank.keys(), old, strict=True):
+    for fresh, keys, was in zip(bank.H(bank.encoder.patches(x, places)), bank.keys(), old,
+                                strict=True):
         torch.testing.assert_close(keys[:32], fresh.flatten(0, 1))
         assert torch.equal(keys[32:], was[32:])
     kept = [keys.clone() for keys in bank.keys()]
-    bank.update(m.G, m.H, x, args.patches, torch.Generator().manual_seed(4))
+    bank.update(m.G, m.H, x, places)
     assert bank.oldest.tolist() == [24] * 5  # 64 keys through a bank of 40
     for keys, was in zip(bank.keys(), kept, strict=True):
         assert torch.equal(keys[24:32], was[24:32]) and not torch.equal(keys[:24], was[:24])
@@ -314,7 +328,7 @@ def naive_step(m, x, y, args, places, flip):
     def project(picture, back=False):
         features = G.encode(picture[None])
         return [F.normalize(H.mlps[i]((features[layer].flip(3) if back else features[layer])
-                                      .flatten(2)[0].t()[places[i]]), dim=1, eps=1e-7)
+                                      .flatten(2)[0].t()[places[layer]]), dim=1, eps=1e-7)
                 for i, layer in enumerate(layers)]
 
     def nce(source, target):
@@ -359,7 +373,7 @@ def test_step_equals_the_naive_one(B, flags):
     flip = args.flip_equivariance and bool(torch.rand((), generator=rng) < 0.5)
     assert flip == args.flip_equivariance  # seed 3 flips
     features = m.G.encode(x)
-    places = cut.sample_places([features[i] for i in args.nce_layers], args.patches, rng)
+    places = cut.sample_places(features, args.nce_layers, args.patches, rng)
     expected, grad_D, grads = naive_step(m, x, y, args, places, flip)
     assert set(losses) == set(expected)
     for name in expected:
