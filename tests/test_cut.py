@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import cut
+import toy
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--load", "36", "--ngf", "4", "--ndf", "4", "--blocks", "4", "--batch", "2",
@@ -791,3 +792,20 @@ def test_bad_checkpoints_are_refused(folder, trained, tmp_path, capsys):
                                    tmp_path / "tensor.pth")
     assert "does not fit" in run_fails(capsys, "--data", folder, *TINY, "--ngf", 8, "--steps", 5,
                                        "--out", trained, "--resume")
+
+
+# ---- learning -------------------------------------------------------------------------------
+
+
+def test_learns_the_toy_world(tmp_path, monkeypatch, capsys):
+    """A tenth of the toy run: the coat is a quarter closer to the truth than the best trivial
+    answer, while the background is a quarter closer than the mean colour."""
+    toy.horse2zebra(tmp_path / "toy", n=100, n_test=10)
+    monkeypatch.setattr(cut, "data_folder", lambda args: tmp_path / "toy")
+    run("--steps", 300, "--out", tmp_path / "run", "--device", "cpu")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["method"], result["data"], result["steps"]) == ("cut", "toy", 300)
+    coat, background = result["scores"]
+    assert coat["value"] < 0.75 * min(coat["trivial"].values())
+    assert background["value"] < 0.75 * background["trivial"]["mean colour"]
+    assert "coat error" in capsys.readouterr().out
