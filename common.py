@@ -117,6 +117,9 @@ def parse_flags(p, argv, method, presets, run_name):
         fixed = {"resume", "weights", "translate", "evaluate", "out", "device", "figure"}
         p.set_defaults(**{k: v for k, v in config.items() if k in vars(rough) and k not in fixed})
     args = p.parse_args(argv)
+    for name in ("batch", "steps", "epochs", "log_every", "sample_every"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     args.run_folder = args.out or str(Path("runs") / run_name(args))
     return args
 

@@ -138,6 +138,13 @@ def get_args(argv=None):
     least = 4 if args.mode != "sincut" else args.tile
     if args.size < 32 or args.size % least:
         raise UserError(f"--size {args.size}: must be at least 32 and a multiple of {least}")
+    if args.tile < 16 or args.tile & (args.tile - 1):
+        raise UserError(f"--tile {args.tile}: must be a power of two, 16 at least")
+    if not 0 < args.scale[0] <= args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected a smaller and a larger "
+                        "width")
+    if args.negatives == "minibatch" and args.batch * args.patches < 2:
+        raise UserError("--batch 1: with one patch per crop the negatives are other crops")
     if max(args.nce_layers) > (4 if args.mode != "sincut" else args.blocks // 2 + 1):
         raise UserError(f"--nce-layers {args.nce_layers}: G_enc has no such layer")
     return args
@@ -398,7 +405,8 @@ def build(args, device):
         m.bank_Y = MemoryBank(G, H, args).to(device)
     if args.compile:
         G.forward, G.patches = torch.compile(G.forward), torch.compile(G.patches)
-        D.forward = torch.compile(D.forward)
+        if args.mode != "sincut":  # WHY: R1 differentiates D twice, compiled code only once
+            D.forward = torch.compile(D.forward)
     return m
 
 
@@ -436,9 +444,10 @@ def multilayer_nce(q, k, args, bank=None):
     """Eq. (3.7): the mean over layers of `patch_nce` for lists of queries and keys."""
     if args.negatives == "minibatch":  # SinCUT: patches of all the crops are one set
         q, k = ([z.flatten(0, 1)[None] for z in zs] for zs in (q, k))
-    keys = bank.keys() if bank else [None] * len(q)
-    return torch.stack([patch_nce(*qkb[:2], args.tau, qkb[2], args.negatives != "external")
-                        for qkb in zip(q, k, keys, strict=True)]).mean()  # Eq. (3.7)
+    external, internal = bank.keys() if bank else [None] * len(q), args.negatives != "external"
+    losses = [patch_nce(q_l, k_l, args.tau, bank_l, internal)
+              for q_l, k_l, bank_l in zip(q, k, external, strict=True)]
+    return torch.stack(losses).mean()                         # Eq. (3.7), sum over l
 
 
 class MemoryBank(nn.Module):
@@ -695,9 +704,9 @@ def train(args):
     group = args.batch * run.world
     total = args.steps or args.epochs * max(1, len(data) // group)
     data.samples = total * group
+    show = test_pictures(root, args, run.device, limit=6)
     m = build(args, run.device)
     run.resume_or_start(vars(m))
-    show = test_pictures(root, args, run.device, limit=6)
     if args.data == "toy":
         preset = ", ".join(f"{k} {v}" for k, v in TOY_MODES[args.mode].items())
         print(f"toy preset instead of the paper's settings: {preset}")
@@ -726,14 +735,15 @@ def translate(G, x, args):
 def test_pictures(root, args, device, limit=None, square=False):
     """{'x': (N, 3, H, W), 'y': ...} of the test split (of the training split if there is none).
 
-    square: resize to --size x --size, the paper's evaluation; otherwise only grids need one size,
-    so the first picture's shape is used for all.
+    limit: that many, evenly spaced. square: resized to --size x --size, for the paper's
+    evaluation; otherwise to the first picture's size, because a grid has one size.
     """
     split = "test" if any((Path(root) / d).is_dir() for d in ("testA", "test/A")) else "train"
     found = {}
     for name, side in zip("xy", "AB" if args.direction == "AtoB" else "BA", strict=True):
-        pictures = [common.open_rgb(f)
-                    for f in common.find_split(root, split, side, LAYOUT)[:limit]]
+        files = common.find_split(root, split, side, LAYOUT)
+        every = max(1, len(files) // limit) if limit else 1  # neighbours are often video frames
+        pictures = [common.open_rgb(f) for f in files[::every][:limit]]
         size = (args.size, args.size) if square else pictures[0].size
         found[name] = torch.stack([common.to_tensor(p.resize(size, Image.BICUBIC))
                                    for p in pictures]).to(device)

@@ -747,6 +747,10 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
     line = run_fails(capsys, "--data", tmp_path / "half", *TINY)
     assert "trainA" in line and "testB" in line
     assert "--size 34" in run_fails(capsys, "--data", folder, *TINY, "--size", 34)
+    for flags in (["--batch", 0], ["--steps", -1], ["--tile", 48], ["--scale", 9, 3],
+                  ["--negatives", "minibatch", "--batch", 1, "--patches", 1]):
+        line = run_fails(capsys, "--data", folder, *TINY, *flags)
+        assert flags[0] in line or "--batch 1" in line
     assert "--nce-layers" in run_fails(capsys, "--data", folder, *TINY, "--nce-layers", 5)
     assert "last.pt" in run_fails(capsys, "--data", folder, *TINY, "--resume",
                                   "--out", tmp_path / "none")
