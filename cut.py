@@ -77,7 +77,7 @@ MODES = {  # Sec. 3.3.2; the parser's own defaults are CUT's
                "lambda_identity": 1.0, "nce_layers": [0, 1, 3], "patches": 1,
                "negatives": "minibatch"},
 }
-TOY = {"size": 64, "load": 64, "batch": 2, "steps": 3000, "lr": 1e-3, "ngf": 16, "ndf": 32,
+TOY = {"size": 64, "load": 64, "batch": 2, "steps": 2500, "lr": 1e-3, "ngf": 16, "ndf": 32,
        "blocks": 4, "antialias_G": False, "init": "normal", "patches": 64, "workers": 0,
        "sample_every": 500}
 TOY_MODES = {  # what learns fastest in minutes; SinCUT's L1 identity settles CUT's colours early
