@@ -42,7 +42,8 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
 USAGE        python cut.py                                    # toy world, a score at the end
              python cut.py --data horse2zebra [--mode fastcut]
              python cut.py --translate photo.jpg --weights runs/cut-horse2zebra/last.pt
-EXPECT       python cut.py: EXPECT_PLACEHOLDER
+EXPECT       python cut.py: about 3.5 minutes on two CPU cores; coat error about 18 (copying the
+             input 59, mean coat colour 51), background error about 14 (mean colour 41).
 """
 
 import argparse
@@ -82,8 +83,8 @@ TOY = {"size": 64, "load": 64, "batch": 2, "steps": 2500, "lr": 1e-3, "ngf": 16,
        "sample_every": 500}
 TOY_MODES = {  # what learns fastest in minutes; SinCUT's L1 identity settles CUT's colours early
     "cut": TOY | {"lambda_X": 2.0, "lambda_Y": 2.0, "lambda_identity": 10.0},
-    "fastcut": TOY,
-    "sincut": {"size": 64, "tile": 32, "batch": 8, "steps": 600, "ngf": 4, "ndf": 4,
+    "fastcut": TOY | {"lr": 5e-4, "lambda_X": 2.0},
+    "sincut": {"size": 64, "tile": 32, "batch": 4, "steps": 600, "ngf": 4, "ndf": 4,
                "scale": [128, 256], "workers": 0, "sample_every": 100},
 }
 
