@@ -194,7 +194,7 @@ class EncoderDecoder(nn.Module):
 
         WHY not `encode` and then pick: layers after the last one asked for are not computed, and
         patches that are picked before the next stage runs send their gradient, a whole map, back
-        only when that stage has used up its own; five maps at once are a tenth of the memory.
+        only when that stage has used up its own, instead of all five maps at once.
         """
         picked = []
         for layer in range(max(places) + 1):
@@ -217,7 +217,7 @@ class ResnetGenerator(EncoderDecoder):
 
     x (B, 3, H, W), H and W multiples of 4 -> (y_hat (B, 3, H, W) in [-1, 1], features). The five
     layers are RGB, both downsampling convolutions, residual block 1 and the middle one (5 of 9),
-    with receptive fields 1, 9, 15, 35 and 99 pixels.
+    with receptive fields 1, 9, 15, 35 and 99 pixels if anti-aliased (1, 9, 13, 29, 93 if not).
     """
 
     multiple = 4
