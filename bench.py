@@ -28,6 +28,8 @@ ROWS = {
     "cut": [("CUT", []), ("FastCUT", ["--mode", "fastcut"]),
             ("SinCUT, 16 crops of 64", ["--mode", "sincut", "--size", "64"]),
             ("SinCUT, 16 crops of 128", ["--mode", "sincut", "--size", "128"])],
+    "cyclegan": [("CycleGAN", []),
+                 ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

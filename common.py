@@ -614,7 +614,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():  # a second run of one process
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(args.seed)
         self.folder, self.sums, self.stop = Path(args.run_folder), {}, False
