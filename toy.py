@@ -17,6 +17,9 @@ DATA SETS (in the layout of the real one of the same name)
     horse2zebra         trainA trainB testA testB: A plain coats, B stripes. Training is unpaired
                         (no scene is in both); testA/0007.png and testB/0007.png show one scene.
     horse2zebra_single  the same with one picture per folder, for training on a single pair.
+    synthetic2real      source_img source_label: flat computer graphics with label maps; target_img
+                        target_label test_img test_label: other scenes of the same world, as a
+                        camera sees them in the evening. Labels are indices into CLASSES.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -33,7 +36,7 @@ import shutil
 import sys
 import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -531,7 +534,8 @@ def coat_mask(scene, size):
 # 4. Data sets on disk ----------------------------------------------------------------------------
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
-OURS = re.compile(r"(train|test)[AB]/\d{4,}\.png|contact\.png|toy\.json")
+OURS = re.compile(r"(train|test)[AB]/\d{4,}\.png|contact\.png|toy\.json"
+                  r"|(source|target|test)_(img|label)/\d{4,}\.png")
 
 
 def describe(name, n, size, seed):
@@ -703,8 +707,91 @@ def coat_scores(x, y_hat, y):
             for name, score in (("coat error", on_coat), ("background error", elsewhere))]
 
 
-DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single}
-DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1}
+# Data set synthetic2real: computer graphics, and what a camera sees -------------------------------
+
+CLASSES = ("sky", "hill", "ground", "trunk", "leaves", "grass", "animal")  # of the label maps
+# Per class: its one colour in computer graphics; how rough its surface is before a camera.
+FLAT = ((110, 190, 255), (160, 140, 220), (120, 205, 95), (120, 70, 30), (25, 130, 60),
+        (240, 230, 80), (235, 110, 90))
+ROUGH = (0.02, 0.06, 0.12, 0.12, 0.26, 0.06, 0.06)
+EVENING = ((0.94, 0.12, 0.02), (0.04, 0.66, 0.04), (0.10, 0.04, 0.62))  # red, green, blue of RGB
+STRAW = (250, 236, 190)
+
+
+def class_map(canvas, size):
+    """The class that fills most of each pixel: uint8 array (size, size) of indices of CLASSES."""
+    of_label = [name if name in CLASSES else "animal" for name in LABELS]
+    sheets = [canvas.label.point([255 * (name == c) for name in of_label] + [0] * (256 - len(LABELS)))
+              for c in CLASSES]
+    return np.argmax([np.asarray(s.reduce(canvas.size // size)) for s in sheets], axis=0)
+
+
+def render_graphics(scene, size, rng):
+    """The scene as cheap computer graphics: an RGB picture (size, size), and its label map.
+
+    One saturated colour per class, a little different in every scene, two levels of light, no
+    texture, hard edges.
+    """
+    canvas = paint(scene, size * supersample(size), "plain")
+    label = class_map(canvas, size)
+    flat = np.array(FLAT) * rng.uniform(0.9, 1.1, (len(FLAT), 1)) + rng.normal(0, 6, (len(FLAT), 3))
+    lit = np.asarray(canvas.light.reduce(canvas.size // size)) > 100
+    picture = flat[label] * np.where(lit, 1.0, 0.75)[..., None]
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
+
+
+def render_camera(scene, size, rng):
+    """The scene as a camera sees it in the evening: an RGB picture (size, size), and its label map.
+
+    Natural colours under a low sun, surfaces with texture, everything tinted; then what the camera
+    adds: a soft lens that darkens the corners, and noise.
+    """
+    scene = replace(scene, daylight="golden")
+    label = class_map(paint(scene, size * supersample(size), "plain"), size)
+    grain = sum(np.asarray(Image.fromarray(rng.normal(0, 1, (n, n)).astype(np.float32)).resize(
+        (size, size), Image.Resampling.BICUBIC)) for n in (size, size // 3))
+    picture = np.asarray(render(scene, size)) * (1 + np.array(ROUGH)[label] * grain)[..., None]
+    picture = picture @ (np.array(EVENING).T * rng.uniform(0.85, 1.05))
+    picture = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(size / 150))).astype(float)
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    picture = picture * (1 - 0.22 * (x * x + y * y))[..., None] + rng.normal(0, 5, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
+
+
+def synthetic2real(out, n=400, size=64, seed=0, n_test=60):
+    """Draw labelled computer graphics (source) and evening photographs (target) into `out`.
+
+    Writes source_img and target_img (`n` each, no scene in common), test_img (`n_test` more of the
+    target), and a *_label folder for each: palette PNGs of equal names with indices of CLASSES.
+    Scene i of a split depends on seed, split and i only. Raises as `horse2zebra` does.
+    """
+    description = describe("synthetic2real", n, size, seed)
+    folders = {"source": (3, n, render_graphics), "target": (4, n, render_camera),
+               "test": (5, n_test, render_camera)}
+    captions = ("computer graphics", "their labels", "a camera, other scenes",
+                "labels, never shown to the method", "a camera, held out", "labels, for the scores")
+    with published(out, description) as folder:
+        for split, (stream, count, draw) in folders.items():
+            for kind in ("img", "label"):
+                (folder / f"{split}_{kind}").mkdir()
+            for i in range(count):
+                rng = np.random.default_rng([seed, stream, i])
+                scene = sample_scene(rng)  # with high and pale grass: it must be seen at all
+                scene = replace(scene, tufts=tuple(replace(t, height=2 * t.height, colour=STRAW)
+                                                   for t in scene.tufts))
+                picture, label = draw(scene, size, rng)
+                label = Image.fromarray(label.astype(np.uint8))
+                label.putpalette(np.array(FLAT, dtype=np.uint8).tobytes())
+                picture.save(folder / f"{split}_img" / f"{i:04d}.png")
+                label.save(folder / f"{split}_label" / f"{i:04d}.png")
+        rows = [f"{split}_{kind}" for split in folders for kind in ("img", "label")]
+        contact_sheet(folder, list(zip(rows, captions, strict=True)), folder / "contact.png")
+
+
+DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
+            "synthetic2real": synthetic2real}
+DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 400}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
