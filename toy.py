@@ -721,8 +721,8 @@ STRAW = (250, 236, 190)
 def class_map(canvas, size):
     """The class that fills most of each pixel: uint8 array (size, size) of indices of CLASSES."""
     of_label = [name if name in CLASSES else "animal" for name in LABELS]
-    sheets = [canvas.label.point([255 * (name == c) for name in of_label] + [0] * (256 - len(LABELS)))
-              for c in CLASSES]
+    of_label += [None] * (256 - len(of_label))
+    sheets = [canvas.label.point([255 * (name == c) for name in of_label]) for c in CLASSES]
     return np.argmax([np.asarray(s.reduce(canvas.size // size)) for s in sheets], axis=0)
 
 
@@ -759,7 +759,7 @@ def render_camera(scene, size, rng):
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
 
 
-def synthetic2real(out, n=400, size=64, seed=0, n_test=60):
+def synthetic2real(out, n=300, size=64, seed=0, n_test=60):
     """Draw labelled computer graphics (source) and evening photographs (target) into `out`.
 
     Writes source_img and target_img (`n` each, no scene in common), test_img (`n_test` more of the
@@ -791,7 +791,7 @@ def synthetic2real(out, n=400, size=64, seed=0, n_test=60):
 
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
             "synthetic2real": synthetic2real}
-DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 400}
+DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
