@@ -30,7 +30,7 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Least squares replace the logs, L_cyc has weight 10: CycleGAN's, as in the code.
              Eq. (3.15) is solved in stages (Sec. 3.4.3), each in a folder of its run: source (f_S),
              pixel (G, D; then all x_s are translated once), target (f_T), oracle.
-             f_T starts where f_S started, not from f_S. Last weights count, no target label is used.
+             f_T starts where f_S started, not from f_S. Last weights count.
              Eq. (3.13) was "left as an idea". --semantic literal: as printed. It can hurt: f_S errs
              on target style, and asks G_ST for pictures that f_S still reads. --semantic gated: as
              in the code of the digits: true y_s, a task model that learns along, and no such term
@@ -361,7 +361,7 @@ class DRN26(nn.Module):
                              align_corners=True)
 
     def load_imagenet(self, state):
-        """Fill all but the scores from its authors' drn_c_26 file, whose layers come in our order."""
+        """Fill all but the scores from its authors' drn_c_26 file: its layers have our order."""
         ours = [v for k, v in self.state_dict().items() if not k.endswith("tracked")][:-2]
         theirs = [v for k, v in state.items() if not k.startswith("fc.") and "tracked" not in k]
         for mine, v in zip(ours, theirs, strict=True):
@@ -845,7 +845,7 @@ def data_folder(args):
 class Finished:
     """What the stages that are through have left; it is what the run's last.pt holds.
 
-    steps: {stage: its steps}; nets: {name: state dict} of f_S, G_ST, G_TS, f_T, f_oracle, f_feature.
+    steps: {stage: its steps}; nets: {name: state dict} of the networks in MAKES.
     """
 
     def __init__(self):
@@ -1059,8 +1059,8 @@ def open_scaled(path, width, device):
 
 def colours(labels, classes):
     """Label maps (B, H, W) -> pictures (B, 3, H, W) in [-1, 1]: a hue per class, black for 255."""
-    palette = [colorsys.hsv_to_rgb(0.58 + 0.618 * k % 1, 0.75 - 0.3 * (k % 2), 0.95 - 0.25 * (k % 3))
-               for k in range(classes)] + [(0, 0, 0)]
+    palette = [colorsys.hsv_to_rgb((0.58 + 0.618 * k) % 1, 0.75 - 0.3 * (k % 2),
+                                   0.95 - 0.25 * (k % 3)) for k in range(classes)] + [(0, 0, 0)]
     palette = torch.tensor(palette, device=labels.device) * 2 - 1
     return palette[labels.clamp(max=classes)].permute(0, 3, 1, 2)
 
@@ -1102,7 +1102,7 @@ def pixel_columns(m, data, args, device):
 
 
 def confusion(predicted, labels, N):
-    """n_ij of Sec. 3.4.3, (N, N) counts: pixels of class i predicted as j; label 255 is left out."""
+    """n_ij of Sec. 3.4.3, (N, N): pixels of class i predicted as j; label 255 is left out."""
     known = labels != 255
     return torch.bincount(N * labels[known] + predicted[known], minlength=N * N).view(N, N)
 
