@@ -450,7 +450,7 @@ def ablation_table(rows):
     for label, row in rows.items():
         lines.append(f"| {label} | " + " | ".join(f"{s['value']:.1f}" for s in row) + " |")
     for answer in scores[0]["trivial"]:
-        values = (s["trivial"].get(answer) for s in scores)
+        values = (s.get("trivial", {}).get(answer) for s in scores)
         lines.append(f"| {answer} | " + " | ".join("" if v is None else f"{v:.1f}"
                                                    for v in values) + " |")
     return "\n".join(lines) + "\n"
