@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures
 from PIL import Image
 
 import common
@@ -32,15 +33,7 @@ def tiny_args(*flags):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four small noise pictures per split, darker in B."""
-    rng = np.random.default_rng(0)
-    for split in ("trainA", "trainB", "testA", "testB"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        for i in range(4):
-            low, high = (0, 160) if split.endswith("B") else (90, 256)
-            noise = rng.integers(low, high, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / "data" / split / f"{i}.png")
-    return tmp_path / "data"
+    return noise_folder(tmp_path / "data")
 
 
 @pytest.fixture
@@ -507,14 +500,7 @@ def run(*flags):
 
 
 def run_fails(capsys, *flags):
-    """The script's one-line error and exit code 2, without a traceback."""
-    with pytest.raises(SystemExit) as stop:
-        common.entry(lambda: run(*flags))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert not any("Traceback" in line for line in lines)
-    assert ": error: " in lines[-1]
-    return lines[-1]
+    return error_of(capsys, cut.main, *flags)
 
 
 @pytest.fixture
@@ -537,7 +523,7 @@ def test_run_folder(trained):
 def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
     common_flags = ["--data", folder, *TINY, *flags]
     run(*common_flags, "--steps", 4, "--out", tmp_path / "whole")
-    stop_at_2(lambda: run(*common_flags, "--steps", 4, "--out", tmp_path / "parts"))
+    interrupted(cut, lambda: run(*common_flags, "--steps", 4, "--out", tmp_path / "parts"))
     run(*common_flags, "--steps", 4, "--out", tmp_path / "parts", "--resume")
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert a["step"] == b["step"] == 4
@@ -549,44 +535,10 @@ def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
 def test_resumed_sincut_is_bit_identical(single, tmp_path):
     common_flags = ["--data", single, *TINY_SIN]
     run(*common_flags, "--steps", 3, "--out", tmp_path / "whole")
-    stop_at_2(lambda: run(*common_flags, "--steps", 3, "--out", tmp_path / "parts"))
+    interrupted(cut, lambda: run(*common_flags, "--steps", 3, "--out", tmp_path / "parts"))
     run(*common_flags, "--steps", 3, "--out", tmp_path / "parts", "--resume")
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert_same(a["parts"], b["parts"])
-
-
-def stop_at_2(train):
-    """Ctrl-C in the second step."""
-    step, calls = cut.train_step, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), 2)
-        return step(*args)
-
-    cut.train_step = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train()
-    finally:
-        cut.train_step = step
-    assert len(calls) == 2
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(folder, tmp_path):
@@ -607,24 +559,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(folder, tmp_path):
                 moved += float((one[net][key] - was).abs().sum())
                 apart += float((one[net][key] - two[net][key]).abs().sum())
         assert moved > 0 and apart < 0.01 * moved, net
-
-
-def odd_pictures(folder):
-    """One file per mode that users bring; returns {stem: size as seen upright}."""
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    grey = rng.integers(0, 256, (33, 50), dtype=np.uint8)
-    rgb = rng.integers(0, 256, (45, 31, 3), dtype=np.uint8)
-    Image.fromarray(grey).save(folder / "grey.png")
-    Image.fromarray(grey[:1, :2]).save(folder / "tiny.png")
-    Image.fromarray(rgb).save(folder / "odd.png")
-    Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(folder / "rgba.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
-    exif = Image.Exif()
-    exif[274] = 6  # turned by a quarter
-    Image.fromarray(rgb).save(folder / "turned.jpg", exif=exif)
-    return {"grey": (50, 33), "tiny": (2, 1), "odd": (31, 45), "rgba": (31, 45), "deep": (50, 33),
-            "turned": (45, 31)}
 
 
 def test_translate_keeps_every_size(trained, tmp_path):
