@@ -28,6 +28,9 @@ ROWS = {
     "cut": [("CUT", []), ("FastCUT", ["--mode", "fastcut"]),
             ("SinCUT, 16 crops of 64", ["--mode", "sincut", "--size", "64"]),
             ("SinCUT, 16 crops of 128", ["--mode", "sincut", "--size", "128"])],
+    "cycada": [("CyCADA, stage pixel", []),
+               ("CyCADA, stage pixel, Eq. (3.13) by FCN8s",
+                ["--semantic", "literal", "--task-weights", "random"])],
     "cyclegan": [("CycleGAN", []),
                  ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
 }

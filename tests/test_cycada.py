@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import assert_same, error_of
 from PIL import Image
 
 import common
@@ -283,7 +284,8 @@ def noise_batch(B=2, size=(32, 40)):
 def naive_pixel(m, x_s, y_s, x_t, args, judge):
     """Eq. (3.11) to (3.14), one picture at a time, as the text words them; losses, gradients."""
     B = len(x_s)
-    losses = dict.fromkeys(("GAN_ST", "cyc_s", "sem_s", "GAN_TS", "cyc_t", "sem_t", "D_T", "D_S"), 0)
+    losses = dict.fromkeys(
+        ("GAN_ST", "cyc_s", "sem_s", "GAN_TS", "cyc_t", "sem_t", "D_T", "D_S"), 0)
     for b in range(B):
         s, t, y = x_s[b:b + 1], x_t[b:b + 1], y_s[b:b + 1]
         fake_t, fake_s = m.G_ST(s), m.G_TS(t)
@@ -513,33 +515,11 @@ def run(*flags):
 
 
 def run_fails(capsys, *flags):
-    """The script's one-line error and exit code 2, without a traceback."""
-    with pytest.raises(SystemExit) as stop:
-        common.entry(lambda: run(*flags))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert not any("Traceback" in line for line in lines)
-    assert ": error: " in lines[-1]
-    return lines[-1]
+    return error_of(capsys, cycada.main, *flags)
 
 
 def parts(path):
     return torch.load(path, weights_only=True)["parts"]
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 @pytest.fixture
@@ -622,30 +602,33 @@ def interrupted(function, when, train):
     assert len(calls) == when
 
 
-@pytest.mark.parametrize("function, when, semantic", [
-    ("task_step", 2, "off"),        # in stage source
-    ("train_step", 2, "literal"), ("train_step", 3, "gated"), ("train_step", 2, "off"),
-    ("translate", 50, "off"),       # between training and translating
-    ("task_step", 5, "off"),        # in stage target
-    ("feature_step", 2, "off"), ("task_step", 10, "off")])
-def test_resumed_run_is_bit_identical_in_every_stage(folder, tmp_path, function, when, semantic):
+@pytest.mark.parametrize("semantic, stops", [
+    ("off", [("task_step", 2),            # in stage source
+             ("train_step", 3),
+             ("translate", 4 * 4 * 2 + 2),  # after the grids: while translating the source
+             ("task_step", 5),            # in stage target
+             ("feature_step", 2), ("task_step", 10)]),
+    ("literal", [("train_step", 2)]), ("gated", [("train_step", 3)])])
+def test_resumed_run_is_bit_identical_in_every_stage(folder, tmp_path, semantic, stops):
     flags = ["--data", folder, *TINY, *STEPS, "--semantic", semantic, "--feature-adaptation",
              "--feature-gate", "0"]
-    if function == "translate":
-        when = 4 * 4 + 4 * 4 + 2        # the grids' calls, then the second source picture
     run(*flags, "--out", tmp_path / "whole")
-    interrupted(function, when, lambda: run(*flags, "--out", tmp_path / "parts"))
-    assert not (tmp_path / "parts/result.json").exists()
-    run(*flags, "--out", tmp_path / "parts", "--resume")
-    assert_same(*(parts(tmp_path / n / "last.pt") for n in ("whole", "parts")))
-    for stage in ("source", "pixel", "target", "feature", "oracle"):
-        assert_same(*(parts(tmp_path / n / stage / "last.pt") for n in ("whole", "parts")))
-        logs = [[row.split(",")[0] for row in
-                 (tmp_path / n / stage / "log.csv").read_text().split()] for n in ("whole", "parts")]
-        assert logs[0] == logs[1]
-    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "parts")]
-    assert results[0]["scores"] == results[1]["scores"]
-    assert results[0]["steps"] == results[1]["steps"]
+    whole = [parts(f) for f in sorted((tmp_path / "whole").rglob("last.pt"))]
+    result = json.loads((tmp_path / "whole/result.json").read_text())
+    assert len(whole) == 6
+    for n, (function, when) in enumerate(stops):
+        out = tmp_path / str(n)
+        interrupted(function, when, lambda out=out: run(*flags, "--out", out))
+        assert not (out / "result.json").exists()
+        run(*flags, "--out", out, "--resume")
+        for a, f in zip(whole, sorted(out.rglob("last.pt")), strict=True):
+            assert_same(a, parts(f))
+        for stage in ("source", "pixel", "target", "feature", "oracle"):
+            rows = (out / stage / "log.csv").read_text().split()
+            assert [r.split(",")[0] for r in rows[1:]] == [
+                str(i + 1) for i in range(4 if stage == "pixel" else 3)]
+        again = json.loads((out / "result.json").read_text())
+        assert (result["scores"], result["steps"]) == (again["scores"], again["steps"])
 
 
 def test_stages_one_by_one_equal_all_at_once(trained, folder, tmp_path, capsys):
@@ -759,7 +742,8 @@ def test_learns_the_toy_world(tmp_path, monkeypatch):
     monkeypatch.setattr(cycada, "data_folder", lambda args: tmp_path / "toy")
     run("--steps", 200, "--task-steps", 60, "--out", tmp_path / "run", "--device", "cpu",
         "--sample-every", 1000)
-    scores = {s["name"]: s for s in json.loads((tmp_path / "run/result.json").read_text())["scores"]}
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    scores = {s["name"]: s for s in result["scores"]}
     accuracy = scores["pixel acc."]
     assert accuracy["value"] > accuracy["trivial"]["source only"] + 10
     assert accuracy["value"] > accuracy["trivial"]["most frequent class"] + 10
