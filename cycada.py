@@ -82,7 +82,7 @@ ROWS = {"source only": "f_S", "CyCADA": "f_T", "CyCADA + feature": "f_feature",
 CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
               "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
               "bus", "train", "motorbike", "bicycle")  # Tab. 3.8
-TOY = {"size": 64, "load": 64, "batch": 2, "steps": 1200, "lr": 1e-3, "ngf": 16, "ndf": 32,
+TOY = {"size": 64, "load": 64, "batch": 2, "steps": 1200, "lr": 5e-4, "ngf": 16, "ndf": 16,
        "blocks": 4, "antialias_D": True, "task_model": "small", "task_load": 64, "task_size": 64,
        "task_batch": 8, "task_steps": 300, "task_lr": 0.1, "task_momentum": 0.9,
        "task_decay_from": 0.3, "task_weights": "random", "feature_lr": 1e-3, "feature_steps": 300,
@@ -164,6 +164,8 @@ def get_args(argv=None):
                         "classes of --class-names")
     if args.feature_adaptation and "feature" not in args.stages:
         args.stages = [*args.stages, "feature"]
+    if args.label_ids and not 0 <= min(args.label_ids) <= max(args.label_ids) < 2**16:
+        raise UserError(f"--label-ids {args.label_ids}: ids are from 0 to 65535")
     if (args.source_names is None) != (args.target_names is None):
         raise UserError("--source-names and --target-names belong together")
     return args
@@ -603,16 +605,16 @@ def open_label(path, args):
     """A label map as an 8-bit Pillow picture of classes, 255 where there is none; `UserError`."""
     try:
         with Image.open(path) as im:
-            if im.mode not in ("L", "P", "1", "I", "I;16"):
+            if im.mode not in ("L", "P", "1", "I;16"):
                 raise UserError(f"{path}: a label map has one channel of class ids, this picture "
                                 f"is {im.mode}")
             ids = np.asarray(im).astype(np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a readable label map ({error})") from None
-    known = args.label_ids or range(len(args.class_names))
-    classes = np.full(ids.shape, 255, dtype=np.uint8)
-    for k, i in enumerate(known):
-        classes[ids == i] = k
+    known = args.label_ids or list(range(len(args.class_names)))
+    table = np.full(2**16, 255, dtype=np.uint8)
+    table[known] = np.arange(len(known))
+    classes = table[ids]
     if not args.label_ids and (wrong := np.unique(ids[(classes == 255) & (ids != 255)])).size:
         raise UserError(f"{path}: ids {wrong[:8].tolist()} are neither one of the {len(known)} "
                         "classes of --class-names nor 255 (ignored); see --label-ids")
