@@ -1059,12 +1059,15 @@ def open_scaled(path, width, device):
     return common.to_tensor(im)[None].to(device)
 
 
-def colours(labels, classes):
+def colours(labels, args):
     """Label maps (B, H, W) -> pictures (B, 3, H, W) in [-1, 1]: a hue per class, black for 255."""
+    N = len(args.class_names)
     palette = [colorsys.hsv_to_rgb((0.58 + 0.618 * k) % 1, 0.75 - 0.3 * (k % 2),
-                                   0.95 - 0.25 * (k % 3)) for k in range(classes)] + [(0, 0, 0)]
-    palette = torch.tensor(palette, device=labels.device) * 2 - 1
-    return palette[labels.clamp(max=classes)].permute(0, 3, 1, 2)
+                                   0.95 - 0.25 * (k % 3)) for k in range(N)]
+    if args.data == "toy":
+        palette = [[v / 255 for v in colour] for colour in toy.FLAT]
+    palette = torch.tensor([*palette, (0, 0, 0)], device=labels.device) * 2 - 1
+    return palette[labels.clamp(max=N)].permute(0, 3, 1, 2)
 
 
 def shown(pairs, limit=6):
@@ -1074,17 +1077,16 @@ def shown(pairs, limit=6):
 
 def label_columns(nets, pairs, args, device):
     """Columns of a sample grid: target pictures, label maps by each of the nets, and the truth."""
-    columns, N = {}, len(args.class_names)
-    pairs = shown(pairs)
+    columns, pairs = {}, shown(pairs)
     first = common.open_rgb(pairs[0][0]).size
     x = torch.cat([common.to_tensor(common.open_rgb(f).resize(first, Image.BICUBIC))[None]
                    for f, _ in pairs]).to(device)
     columns["x_t"] = x
     for name, f in nets.items():
-        columns[name] = torch.cat([colours(segment(f, p[None], args), N) for p in x])
+        columns[name] = torch.cat([colours(segment(f, p[None], args), args) for p in x])
     if pairs[0][1]:
         truth = [np.array(open_label(y, args).resize(first, Image.NEAREST)) for _, y in pairs]
-        columns["truth"] = colours(torch.from_numpy(np.stack(truth)).long(), N)
+        columns["truth"] = colours(torch.from_numpy(np.stack(truth)).long(), args)
     return columns
 
 
@@ -1207,7 +1209,7 @@ def translate_files(args):
 
     def answer(x):
         if args.direction == "labels":
-            return colours(segment(net, x.to(device), args), len(args.class_names))
+            return colours(segment(net, x.to(device), args), args)
         return translate(net, x.to(device), args)
 
     common.translate_files(args.translate, args.out or "translated", answer)
