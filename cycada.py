@@ -45,7 +45,8 @@ USAGE        python cycada.py                                     # toy world, t
              python cycada.py --data camvid --source-names 0016E5 0006R0 Seq05VD
                  --target-names 0001TP --label-ids 0 1 2 3 4 5 6 7 8 9 10 --class-names sky ...
              python cycada.py --translate photo.jpg --weights runs/cycada-toy/last.pt
-EXPECT       TODO
+EXPECT       python cycada.py: 4.5 minutes of one CPU core; on the target mIoU 5 (source only), 55
+             (CyCADA), 74 (oracle), pixel accuracy 11, 87, 95; thin things (grass, trunks) stay bad.
 """
 
 import argparse
