@@ -720,7 +720,7 @@ def random_batch(args, device):
 
 
 def task_step(f, opt, x, labels, args, average=lambda *nets: None):
-    """One update of a task model on x (B, 3, H, W), labels (B, H, W): the first line of (3.14)."""
+    """One update of a task model on x (B, 3, H, W), labels (B, H, W): Eq. (3.14), first term."""
     f.train()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         loss = task_loss(f(x), labels)
@@ -895,7 +895,8 @@ def train(args):
         if name == "oracle" and not data["target"][0][1]:
             print("no label maps of the target's training pictures: no oracle")
             continue
-        print(f"---- stage {name} ----", flush=True)
+        if run.rank == 0:
+            print(f"---- stage {name} ----", flush=True)
         stage = train_stage.get(name, train_task)(name, finished, data, args, run.device)
         run.step, run.seconds = run.step + stage.step, run.seconds + stage.seconds
         run.save()
@@ -1020,8 +1021,8 @@ def translated(picture, args):
 def translated_pairs(source, finished, args):
     """(G_ST(X_S), Y_S) of Eq. (3.14): the translations on disk, with the old labels."""
     if "pixel" not in finished.steps:
-        raise UserError("--stages target: needs the translated pictures of stage pixel; run that "
-                        "first (a run goes on with --resume)")
+        raise UserError("--stages pixel: its translated pictures are needed and were not made yet "
+                        "(a run goes on with --resume)")
     return [(translated(picture, args), label) for picture, label in source]
 
 
@@ -1077,7 +1078,8 @@ def shown(pairs, limit=6):
 
 
 def label_columns(nets, pairs, args, device):
-    """Columns of a sample grid: target pictures, label maps by each of the nets, and the truth."""
+    """Columns of a sample grid: target pictures, label maps by each of the nets, and the truth,
+    which is for the eye alone."""
     columns, pairs = {}, shown(pairs)
     first = common.open_rgb(pairs[0][0]).size
     x = torch.cat([common.to_tensor(common.open_rgb(f).resize(first, Image.BICUBIC))[None]
