@@ -86,8 +86,8 @@ CITYSCAPES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic 
 TOY = {"size": 64, "load": 64, "batch": 2, "steps": 1200, "lr": 5e-4, "ngf": 16, "ndf": 16,
        "blocks": 4, "antialias_D": True, "task_model": "small", "task_load": 64, "task_size": 64,
        "task_batch": 8, "task_steps": 300, "task_lr": 0.1, "task_momentum": 0.9,
-       "task_decay_from": 0.3, "task_weights": "random", "feature_lr": 1e-3, "feature_steps": 300,
-       "workers": 0, "sample_every": 300, "class_names": list(toy.CLASSES)}
+       "task_decay_from": 0.3, "task_weights": "random", "feature_lr": 1e-2, "feature_steps": 200,
+       "feature_width": 64, "workers": 0, "sample_every": 300, "class_names": list(toy.CLASSES)}
 
 
 def get_args(argv=None):
@@ -142,6 +142,7 @@ def get_args(argv=None):
         help="after stage target: align the scores of f_T on both domains (ICML paper)")
     add("--feature-lr", type=float, default=1e-5, help="rate of SGD, for f_T and D_feat (code)")
     add("--feature-steps", type=int, default=100_000, help="updates of D_feat (code)")
+    add("--feature-width", type=int, default=512, help="channels of D_feat (code)")
     add("--feature-gate", type=float, default=0.6,
         help="f_T learns while D_feat is right more often than this (code)")
     add("--lambda-feature", type=float, default=0.1, help="weight of f_T's adversarial loss (code)")
@@ -440,12 +441,12 @@ class ScoreDiscriminator(nn.Module):
     Class 1 is the source. It remembers its last 100 accuracies, by which f_T's learning is gated.
     """
 
-    def __init__(self, classes):
+    def __init__(self, classes, width=512):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(classes, 512, 1), nn.Dropout2d(0.5), nn.ReLU(inplace=True),
-            nn.Conv2d(512, 256, 1), nn.Dropout2d(0.5), nn.ReLU(inplace=True),
-            nn.Conv2d(256, 2, 1))
+            nn.Conv2d(classes, width, 1), nn.Dropout2d(0.5), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width // 2, 1), nn.Dropout2d(0.5), nn.ReLU(inplace=True),
+            nn.Conv2d(width // 2, 2, 1))
         self.register_buffer("accuracies", torch.zeros(100))  # a buffer: it belongs into last.pt
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
@@ -995,7 +996,7 @@ def train_feature(name, finished, data, args, device):
     """Feature adaptation (ICML paper): f_T goes on, on translated source and target pictures."""
     f = finished.network("f_T", args, device)
     torch.manual_seed(args.seed)
-    D = ScoreDiscriminator(len(args.class_names)).to(device)
+    D = ScoreDiscriminator(len(args.class_names), args.feature_width).to(device)
     m = SimpleNamespace(f_T=f, D_feat=D, opt_f=sgd(f, args, args.feature_lr),
                         opt_D=sgd(D, args, args.feature_lr))
     stage = open_stage(name, args, vars(m), args.task_batch)

@@ -749,8 +749,9 @@ def test_learns_the_toy_world(tmp_path, monkeypatch):
     answer, and the oracle above CyCADA."""
     toy.synthetic2real(tmp_path / "toy", n=60, size=32, n_test=12)
     monkeypatch.setattr(cycada, "data_folder", lambda args: tmp_path / "toy")
-    run("--steps", 200, "--task-steps", 60, "--blocks", 2, "--out", tmp_path / "run", "--device", "cpu",
-        "--size", 32, "--load", 32, "--task-size", 32, "--task-load", 32, "--sample-every", 1000)
+    run("--steps", 200, "--task-steps", 60, "--blocks", 2, "--out", tmp_path / "run",
+        "--device", "cpu", "--size", 32, "--load", 32, "--task-size", 32, "--task-load", 32,
+        "--sample-every", 1000)
     result = json.loads((tmp_path / "run/result.json").read_text())
     scores = {s["name"]: s for s in result["scores"]}
     accuracy = scores["pixel acc."]
