@@ -1167,7 +1167,7 @@ def describe(found, n, t, names):
         if row.startswith("CyCADA") and "source only" in rows:
             before, after = found["source only"]["IoU"], found[row]["IoU"]
             worse = [f"{name} ({before[k]:.1f} -> {after[k]:.1f})"
-                     for k, name in enumerate(names) if after[k] < before[k]]
+                     for k, name in enumerate(names) if after[k] < before[k] - 0.05]
             lines.append(f"classes that {row} harms: " + (", ".join(worse) or "none"))
         if row.startswith("CyCADA"):
             lines.append(f"worst classes of {row}:")
