@@ -12,7 +12,7 @@ Normalization", CVPR 2019 (arXiv 1903.07291). Numbers below are those of chapter
 "Machine Learning for Deep Image Manipulation", UC Berkeley 2021.
 
 SYMBOLS      paper                 here              shape
-             m                     m (LabelMap)      (B, H, W) label indices, (B, 0 or 1, H, W) edges
+             m                     m (LabelMap)      (B, H, W) label indices, edges
              x, generated x        x, x_hat          (B, 3, H, W) in [-1, 1]
              h^i                   h                 (B, C, H_i, W_i), input of layer i
              gamma^i(m), beta^i(m) gamma, beta       (B, C, H_i, W_i)
@@ -86,9 +86,9 @@ KINDS = {  # Sec. 2.4, 2.6; label ids as the released networks have them
     "coco": {"labels": 182, "unlabelled": 255, "edges": True, "epochs": 100, "decay_from": 1.0},
     "camvid": {"labels": 11, "unlabelled": 11},
 }
-TOY = {"size": 64, "load": 64, "batch": 4, "steps": 1500, "input": "encoder", "z": 16, "ngf": 16,
-       "ndf": 16, "hidden": 32, "encoder_side": 64, "lr": 1e-3, "lambda_vgg": 0.0, "workers": 0,
-       "sample_every": 500}
+TOY = {"labels": 7, "edges": True, "size": 64, "load": 64, "batch": 4, "steps": 1500,
+       "input": "encoder", "z": 16, "ngf": 16, "ndf": 16, "hidden": 32, "encoder_side": 64,
+       "lr": 1e-3, "lambda_vgg": 0.0, "workers": 0, "sample_every": 500}
 GENERATORS = ("spade", "concat", "hd", "hd-spade", "hd-concat")
 UPSAMPLING = {"normal": 5, "more": 6, "most": 7}  # how often a side doubles
 
@@ -122,10 +122,10 @@ def get_args(argv=None):
         help="Tab. 2.3: decoder with SPADE or with concatenation; pix2pixHD++, with either")
     add("--input", choices=["segmap", "random", "encoder"], default="segmap",
         help="Tab. 2.4: what the first layer reads: m, a random z, or E's z (Sec. 2.3, a VAE)")
-    add("--ngf", type=int, default=64, help="width of G and E; Tab. 2.3, 2.4: 48 compact, 80 large")
+    add("--ngf", type=int, default=64, help="width of G and E (Tab. 2.3, 2.4: 48, 80)")
     add("--ndf", type=int, default=64, help="width of D (Fig. 2.13)")
     add("--hidden", type=int, default=128, help="channels between m and gamma, beta (Fig. 2.10)")
-    add("--kernel", type=int, choices=[1, 3, 5], default=3, help="of the convolutions on m, Tab. 2.4")
+    add("--kernel", type=int, choices=[1, 3, 5], default=3, help="of convolutions on m (Tab. 2.4)")
     add("--norm", choices=["syncbatch", "batch", "instance"], default="syncbatch",
         help="parameter-free normalisation (Tab. 2.4); sync: over all processes")
     add("--spectral", action=switch, default=True, help="spectral normalisation (Tab. 2.5)")
@@ -137,13 +137,13 @@ def get_args(argv=None):
     add("--d-layers", type=int, default=4, help="of D before the last; Tab. 2.5's deeper D has 5")
     add("--lambda-fm", type=float, default=10.0, help="feature matching; 0 = Tab. 2.5's without")
     add("--lambda-vgg", type=float, default=10.0, help="perceptual loss; 0 = Tab. 2.5's without")
-    add("--lambda-kld", type=float, default=0.05, help="KL divergence of --input encoder (Sec. 2.6)")
+    add("--lambda-kld", type=float, default=0.05, help="KL term of --input encoder (Sec. 2.6)")
     add("--vgg", default="imagenet", help="weights: imagenet, random, or a file")
     add("--exemplar", default=None, metavar="FILE", help="--translate in this picture's style")
     add("--z-seed", type=int, default=0, help="--translate with this random z, without --exemplar")
     add("--inst", default=None, metavar="PATH", help="instance map(s) of --translate, for --edges")
     add("--encoder-weights", default=None, metavar="FILE", help="the authors' latest_net_E.pth")
-    add("--figure", choices=["uniform"], help="draw Fig. 2.3 from fresh nets or --weights, and stop")
+    add("--figure", choices=["uniform"], help="draw Fig. 2.3 and stop")
     add("--segmenter", default=None, metavar="FILE",
         help="segmentation net of --evaluate; trained on the real pictures if FILE is not there")
     add("--segmenter-steps", type=int, default=600, help="updates of that training")
@@ -352,10 +352,11 @@ class Generator(nn.Module):
 
     def __init__(self, args, m_channels, modulation):
         super().__init__()
-        join = functools.partial(modulation, m_channels=m_channels, hidden=args.hidden,
-                                 kernel=args.kernel)
-        block = functools.partial(SpadeBlock, modulation=join, norm=NORMS[args.norm],
-                                  spectral=args.spectral)
+
+        def block(a, b):
+            return SpadeBlock(a, b, lambda c: modulation(c, m_channels, args.hidden, args.kernel),
+                              NORMS[args.norm], args.spectral)
+
         doublings, c = UPSAMPLING[args.upsampling], 16 * args.ngf
         self.start = args.height >> doublings, args.size >> doublings
         widths = [c, c, c, c, c // 2, c // 4, c // 8, c // 16]
@@ -407,8 +408,11 @@ class HDGenerator(nn.Module):
     def __init__(self, args, m_channels):
         super().__init__()
         norm, spectral, c = NORMS[args.norm], args.spectral, args.ngf
-        join = functools.partial(Spade if args.generator == "hd-spade" else Affine,
-                                 m_channels=m_channels, hidden=args.hidden, kernel=args.kernel)
+
+        def join(channels):
+            kind = Spade if args.generator == "hd-spade" else Affine
+            return kind(channels, m_channels, args.hidden, args.kernel)
+
         self.first = nn.Conv2d(m_channels, c, 7, padding=3, padding_mode="reflect")
         widths = [c, 2 * c, 4 * c, 8 * c, 16 * c]
         self.down = nn.ModuleList(sn(nn.Conv2d(a, b, 3, 2, 1), spectral)
@@ -566,7 +570,8 @@ def build(args, device):
 # 3. Losses
 # =============================================================================================
 
-VGG_TAPS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4, "relu5_1": 1.0}
+VGG_TAPS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4,
+            "relu5_1": 1.0}
 
 
 def feature_matching(fakes, reals):
@@ -576,7 +581,8 @@ def feature_matching(fakes, reals):
     targets: no gradient reaches them.
     """
     losses = [(common.full(fake) - common.full(real).detach()).abs().mean()
-              for scale in zip(fakes, reals, strict=True) for fake, real in zip(*scale, strict=True)]
+              for scales in zip(fakes, reals, strict=True)
+              for fake, real in zip(*scales, strict=True)]
     return torch.stack(losses).sum() / len(fakes)
 
 
@@ -691,8 +697,8 @@ def check_pairs(pairs, args):
 def check_ids(path, ids, args):
     """`UserError` if a map has ids that are neither below --labels nor --unlabelled."""
     if wrong := sorted(i for i in ids if not 0 <= i < args.labels and i != args.unlabelled):
-        raise UserError(f"{path}: label ids {', '.join(map(str, wrong[:8]))} out of range: expected "
-                        f"0 to {args.labels - 1} (--labels {args.labels})"
+        raise UserError(f"{path}: label ids {', '.join(map(str, wrong[:8]))} out of range: "
+                        f"expected 0 to {args.labels - 1} (--labels {args.labels})"
                         + (f" or {args.unlabelled} (--unlabelled)" if args.unlabelled is not None
                            else "; does --unlabelled ID mark them?"))
 
@@ -706,7 +712,8 @@ def to_labels(im, args):
 
 def border(im):
     """Instance map -> (1, H, W): 1 where a pixel's instance differs from a neighbour's, else 0."""
-    inst, edges = torch.from_numpy(np.array(im).astype(np.int64)), torch.zeros(1, im.height, im.width)
+    inst = torch.from_numpy(np.array(im).astype(np.int64))
+    edges = torch.zeros(1, *inst.shape)
     down, right = inst[1:] != inst[:-1], inst[:, 1:] != inst[:, :-1]
     for part, differs in ((edges[0, 1:], down), (edges[0, :-1], down),
                           (edges[0, :, 1:], right), (edges[0, :, :-1], right)):
@@ -975,9 +982,10 @@ def load_networks(args, device):
 BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
 RENAMED = [  # the authors' names -> ours, for G and E; norm_s has the statistics of norm_0
     (r"^(head_0|G_middle_\d|up_\d)\.", lambda found: f"blocks.{BLOCKS.index(found[1])}."),
-    (r"norm_([01])\.param_free_norm", r"norm_\1"), (r"norm_([01s])\.mlp_shared\.0", r"spade_\1.shared"),
-    (r"norm_([01s])\.mlp_", r"spade_\1."), (r"^conv_img", "to_rgb"), (r"^fc_mu", "mu"),
-    (r"^fc_var", "logvar"), (r"^layer(\d)\.0", lambda found: f"convs.{int(found[1]) - 1}"),
+    (r"norm_([01])\.param_free_norm", r"norm_\1"),
+    (r"norm_([01s])\.mlp_shared\.0", r"spade_\1.shared"), (r"norm_([01s])\.mlp_", r"spade_\1."),
+    (r"^conv_img", "to_rgb"), (r"^fc_mu", "mu"), (r"^fc_var", "logvar"),
+    (r"^layer(\d)\.0", lambda found: f"convs.{int(found[1]) - 1}"),
     (r"weight_orig$", "parametrizations.weight.original"),
     (r"weight_([uv])$", r"parametrizations.weight.0._\1")]
 
@@ -1018,8 +1026,9 @@ def released_generator(state, args):
         tracked = {k: v for k, v in G.state_dict().items() if k.endswith("num_batches_tracked")}
         G.load_state_dict(rename(state) | tracked)
     except (AttributeError, KeyError, TypeError, RuntimeError, IndexError):
-        raise UserError(f"{args.weights}: neither a checkpoint of spade.py nor a generator released "
-                        "by the authors (latest_net_G.pth), or of another --size") from None
+        raise UserError(f"{args.weights}: neither a checkpoint of spade.py nor a generator "
+                        "released by the authors (latest_net_G.pth), or of another --size"
+                        ) from None
     return G
 
 

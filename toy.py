@@ -776,7 +776,8 @@ def styled_scene(rng):
             x, y, rx, ry = pond
             canvas.ellipse(x, y, rx, ry, style["water"], 1.0, "water")
             for k, dy in ((0.7, -0.35), (0.8, 0.15), (0.5, 0.6)):  # ripples that mirror the sky
-                canvas.ellipse(x, y + dy * ry, k * rx, 0.12 * ry, mix(style["water"], day["low"], 0.5))
+                ripple = mix(style["water"], day["low"], 0.5)
+                canvas.ellipse(x, y + dy * ry, k * rx, 0.12 * ry, ripple)
         paint_shadows(canvas, restyled)
         for thing in sorted([*restyled.trees, *restyled.tufts, *restyled.animals],
                             key=lambda thing: thing.y):
