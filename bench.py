@@ -28,6 +28,8 @@ ROWS = {
     "cut": [("CUT", []), ("FastCUT", ["--mode", "fastcut"]),
             ("SinCUT, 16 crops of 64", ["--mode", "sincut", "--size", "64"]),
             ("SinCUT, 16 crops of 128", ["--mode", "sincut", "--size", "128"])],
+    "spade": [("SPADE, 35 labels, no VGG", ["--labels", "35", "--lambda-vgg", "0"]),
+              ("SPADE, 35 labels", ["--labels", "35", "--vgg", "random"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

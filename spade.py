@@ -158,6 +158,9 @@ def get_args(argv=None):
     for flag, value in (("--size", args.size), ("--height", args.height)):
         if value < multiple or value % multiple:
             raise UserError(f"{flag} {value}: must be a multiple of {multiple}")
+    if args.batch * args.size * args.height == multiple**2:
+        raise UserError(f"--batch 1: G would start from a single place, which cannot be normalised;"
+                        f" --batch 2, or a larger --size than {args.size}")
     if args.encoder_side < 8 or args.encoder_side & (args.encoder_side - 1):
         raise UserError(f"--encoder-side {args.encoder_side}: must be a power of two, 8 at least")
     if args.labels is not None and not 1 <= args.labels <= 65536:
@@ -360,9 +363,9 @@ class Generator(nn.Module):
         doublings, c = UPSAMPLING[args.upsampling], 16 * args.ngf
         self.start = args.height >> doublings, args.size >> doublings
         widths = [c, c, c, c, c // 2, c // 4, c // 8, c // 16]
-        self.double = [False, True, doublings > 5, True, True, True, True]  # before each block
+        self.doubles = [False, True, doublings > 5, True, True, True, True]  # before each block
         if doublings == 7:
-            widths, self.double = widths + [c // 32], self.double + [True]
+            widths, self.doubles = widths + [c // 32], self.doubles + [True]
         self.blocks = nn.ModuleList(block(a, b) for a, b in zip(widths, widths[1:], strict=False))
         self.fc = (LabelConv(m_channels, c, 3) if args.input == "segmap"
                    else nn.Linear(args.z, c * self.start[0] * self.start[1]))
@@ -373,7 +376,7 @@ class Generator(nn.Module):
             h = self.fc(m.at(*self.start))                                # (B, 1024, H/32, W/32)
         else:
             h = self.fc(z).view(len(z), -1, *self.start)
-        for block, double in zip(self.blocks, self.double, strict=True):
+        for block, double in zip(self.blocks, self.doubles, strict=True):
             h = block(F.interpolate(h, scale_factor=2) if double else h, m)
         return torch.tanh(self.to_rgb(F.leaky_relu(h, 0.2)))              # (B, 3, H, W)
 
@@ -614,18 +617,19 @@ FOLDERS = [  # pictures, label maps, instance maps, for {split}; tried in this o
     ("{}_img", "{}_label", "{}_inst"),
     ("leftImg8bit/{}", "gtFine/{}", "gtFine/{}"),
     ("images/{}", "annotations/{}", "annotations_instance/{}")]
-SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation")}
+SPLITS = {"train": ("train", "training"),
+          "test": ("test", "val", "validation", "train", "training")}  # the first that is there
 SUFFIX = re.compile("_(leftImg8bit|gtFine_(labelIds|instanceIds))$")
 
 
 def find_pairs(root, split, edges=False):
-    """[Pair] of 'train' or 'test' (or val), sorted by name; `UserError` for what does not match."""
-    for folders in FOLDERS:
-        for name in SPLITS[split]:
+    """[Pair] of 'train' or 'test', sorted by name; `UserError` for what does not match."""
+    for name in SPLITS[split]:
+        for folders in FOLDERS:
             image, label, inst = (Path(root) / f.format(name) for f in folders)
             if image.is_dir() and label.is_dir():
                 return match(image, label, inst if edges else None)
-    raise UserError(f"{root}: no {split}ing pictures with label maps; expected {LAYOUT}")
+    raise UserError(f"{root}: no pictures with label maps; expected {LAYOUT}")
 
 
 def match(image, label, inst):
@@ -788,7 +792,7 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     # ---- forward: z if there is one, x_hat = G(m, z) ------------------------------------------
     z = None
     if args.input != "segmap":
-        z = torch.randn(len(x), args.z, generator=rng).to(x.device)
+        z = torch.randn(len(x), args.z, generator=rng).to(x)
     with autocast():
         if args.input == "encoder":          # Fig. 2.15: the style of x itself
             mu, logvar = m.E(x)
@@ -853,14 +857,14 @@ def data_folder(args):
 
 def train(args):
     root = data_folder(args)
-    pairs = find_pairs(root, "train", args.edges)
+    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
     check_pairs(pairs, args)
-    show_pairs = test_pairs(root, args)
+    check_pairs(held_out, args)
     run = Run("spade", args)
     data = LabelledPictures(pairs, args)
     group = args.batch * run.world
     total = args.steps or args.epochs * max(1, len(data) // group)
-    show = test_batch(show_pairs, args, limit=6)
+    show = test_batch(held_out, args, limit=6)
     m = build(args, run.device)
     run.resume_or_start({name: part for name, part in vars(m).items() if name != "vgg"})
     if args.data == "toy":
@@ -882,18 +886,6 @@ def train(args):
 # =============================================================================================
 # 7. Translate, evaluate, look inside
 # =============================================================================================
-
-
-def test_pairs(root, args):
-    """Checked pairs of the test split (of the training split if there is none)."""
-    try:
-        pairs = find_pairs(root, "test", args.edges)
-    except UserError as error:
-        if "no testing pictures" not in str(error):
-            raise
-        return find_pairs(root, "train", args.edges)
-    check_pairs(pairs, args)
-    return pairs
 
 
 def test_batch(pairs, args, limit=None):
@@ -920,8 +912,11 @@ def synthesise(m, labels, edges, z, args, device, batch=8):
 
 @torch.no_grad()
 def style(m, x, device):
-    """The mean of q(z|x) for pictures (N, 3, H, W) -> (N, z) on the CPU."""
-    return torch.cat([m.E(p[None].to(device))[0].cpu() for p in x])
+    """The mean of q(z|x) for pictures (N, 3, H, W) -> (N, z) on the CPU; test mode."""
+    m.E.eval()  # WHY: in training mode every call would move spectral norm's vectors
+    z = torch.cat([m.E(p[None].to(device))[0].cpu() for p in x])
+    m.E.train()
+    return z
 
 
 def random_style(n, seed, args):
@@ -1192,8 +1187,8 @@ def label_scores(m, x_hat, test, pairs, args, device):
 
 def truth_scores(m, root, args, device):
     """Scores against the toy world's true answers, beside the trivial ones'."""
-    pairs, test = find_pairs(root, "train", args.edges), find_pairs(root, "test", args.edges)
-    test = labels, edges, x = test_batch(test, args)
+    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
+    test = labels, edges, x = test_batch(held_out, args)
     paint = functools.partial(synthesise, m, labels, edges, args=args, device=device)
     answers = {"z": paint(random_style(len(x), 0, args))}
     if args.input == "encoder":
@@ -1214,8 +1209,9 @@ def evaluate(args):
     if args.data == "toy":
         common.print_scores(truth_scores(m, root, args, device))
         return
-    pairs, test = find_pairs(root, "train", args.edges), test_pairs(root, args)
-    test = labels, edges, x = test_batch(test, args)
+    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
+    check_pairs(held_out, args)
+    test = labels, edges, x = test_batch(held_out, args)
     z = style(m, x, device) if hasattr(m, "E") else random_style(len(x), 0, args)
     x_hat = synthesise(m, labels, edges, z, args, device)
     scores = label_scores(m, x_hat, test, pairs, args, device)
