@@ -51,7 +51,7 @@ import functools
 import math
 import random
 import re
-from collections import Counter, namedtuple
+from collections import namedtuple
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -511,10 +511,14 @@ class MultiscaleDiscriminator(nn.Module):
         return outs
 
 
+def apart(args):
+    """Whether unlabelled pixels have an id beyond the labels: then a last channel is theirs."""
+    return args.unlabelled is not None and args.unlabelled >= args.labels
+
+
 def channels(args):
-    """(one-hot channels, channels of m in all): `labels`, unlabelled if apart, edges."""
-    apart = args.unlabelled is not None and args.unlabelled >= args.labels
-    return args.labels + apart, args.labels + apart + args.edges
+    """(one-hot channels, channels of m in all)."""
+    return args.labels + apart(args), args.labels + apart(args) + args.edges
 
 
 def generator(args):
@@ -673,7 +677,7 @@ def open_map(path):
 def check_pairs(pairs, args):
     """Before training: sizes agree and ids are in range; fills in args.labels if it is None."""
     def look(pair):
-        ids, maps = Counter(), [open_map(f) for f in pair[1:] if f]
+        maps = [open_map(f) for f in pair[1:] if f]
         try:
             with Image.open(pair.image) as im:
                 size = im.size
@@ -683,8 +687,7 @@ def check_pairs(pairs, args):
             if found.size != size:
                 raise UserError(f"{path}: {found.width}x{found.height} pixels, but {pair.image} "
                                 f"has {size[0]}x{size[1]}")
-        ids.update(np.unique(np.asarray(maps[0])).tolist())
-        return ids
+        return np.unique(np.asarray(maps[0])).tolist()
 
     with ThreadPool(max(1, args.workers)) as pool:  # Pillow decodes outside the interpreter's lock
         found = list(pool.imap(look, pairs, chunksize=8))
@@ -708,10 +711,9 @@ def check_ids(path, ids, args):
 
 
 def to_labels(im, args):
-    """Map of ids -> (H, W) tensor of channels: an unlabelled id that is apart comes last."""
+    """Map of ids -> (H, W) tensor of one-hot channels."""
     labels = torch.from_numpy(np.array(im).astype(np.int64))
-    return torch.where(labels == args.unlabelled, channels(args)[0] - 1, labels) if (
-        args.unlabelled is not None and args.unlabelled >= args.labels) else labels
+    return torch.where(labels == args.unlabelled, args.labels, labels) if apart(args) else labels
 
 
 def border(im):
@@ -1053,17 +1055,18 @@ def translate_files(args):
             raise UserError("--exemplar: needs the image encoder, give --encoder-weights FILE")
         z = style(m, common.to_tensor(common.open_rgb(args.exemplar))[None], device)
     files, out = common.list_pictures(args.translate), Path(args.out or "translated")
-    insts = {f.stem: f for f in common.list_pictures(args.inst)} if args.inst else {}
+    insts = common.list_pictures(args.inst) if args.inst else []
+    insts = dict(zip([f.stem for f in (insts if len(insts) > 1 else files)], insts, strict=False))
     size = args.size, args.height
     for f in files:
-        labels, inst = open_map(f), None
+        labels = open_map(f)
         check_ids(f, np.unique(np.asarray(labels)).tolist(), args)
         edges = torch.zeros(0, args.height, args.size)
         if args.edges:  # without instance maps, borders between labels are what is known
-            inst = insts.get(f.stem) or (Path(args.inst) if len(files) == 1 and insts else None)
-            if insts and inst is None:
+            if insts and f.stem not in insts:
                 raise UserError(f"--inst {args.inst}: no map named {f.stem}")
-            edges = border((open_map(inst) if inst else labels).resize(size, Image.NEAREST))
+            inst = open_map(insts[f.stem]) if insts else labels
+            edges = border(inst.resize(size, Image.NEAREST))
         small = to_labels(labels.resize(size, Image.NEAREST), args)
         picture = common.to_pil(synthesise(m, small[None], edges[None], z, args, device)[0])
         target = out / f"{f.stem}.png"
@@ -1115,9 +1118,8 @@ class Segmenter(nn.Module):
 
 def counted(labels, args):
     """Labels with -1 where --evaluate does not count: unlabelled and --ignore."""
-    skip = [*args.ignore, *([channels(args)[0] - 1] if (args.unlabelled or -1) >= args.labels
-                            else [] if args.unlabelled is None else [args.unlabelled])]
-    return torch.where(torch.isin(labels, torch.tensor(skip, dtype=torch.long)), -1, labels)
+    skip = {*args.ignore, args.labels if apart(args) else args.unlabelled} - {None}
+    return torch.where(torch.isin(labels, torch.tensor([*skip], dtype=torch.long)), -1, labels)
 
 
 def segmenter(pairs, args, device):

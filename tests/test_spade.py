@@ -699,6 +699,22 @@ def test_train_resume_translate_evaluate(folder, tmp_path, capsys):
     assert (whole / "uniform.png").exists()
 
 
+def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):
+    """Synchronised batch norm and averaged gradients: after three steps G's statistics agree."""
+    command = [sys.executable, ROOT / "spade.py", "--data", str(folder), *TINY, "--size", "64",
+               "--load", "64", "--height", "32", "--steps", "3", "--init", "glorot", "--batch"]
+    env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE="2",
+               MASTER_PORT=str(20000 + os.getpid() % 20000))
+    jobs = [subprocess.Popen([*command, "1", "--out", tmp_path / "two"],
+                             env=dict(env, RANK=str(rank))) for rank in range(2)]
+    spade.main([*map(str, command[2:]), "2", "--out", str(tmp_path / "one")])
+    assert [job.wait() for job in jobs] == [0, 0]
+    state = [torch.load(tmp_path / run / "last.pt", weights_only=True)["parts"]["G"]
+             for run in ("one", "two")]
+    for key in ("blocks.0.norm_0.running_mean", "blocks.6.norm_1.running_var"):
+        torch.testing.assert_close(state[0][key], state[1][key], rtol=0.02, atol=1e-3)
+
+
 def flat(state):
     if torch.is_tensor(state):
         return [state]
