@@ -86,9 +86,10 @@ KINDS = {  # Sec. 2.4, 2.6; label ids as the released networks have them
     "coco": {"labels": 182, "unlabelled": 255, "edges": True, "epochs": 100, "decay_from": 1.0},
     "camvid": {"labels": 11, "unlabelled": 11},
 }
-TOY = {"labels": 7, "edges": True, "size": 64, "load": 64, "batch": 4, "steps": 1500,
+TOY = {"labels": 7, "edges": True, "size": 64, "load": 64, "batch": 4, "steps": 1000,
        "input": "encoder", "z": 16, "ngf": 16, "ndf": 16, "hidden": 32, "encoder_side": 64,
-       "lr": 1e-3, "lambda_vgg": 0.0, "workers": 0, "sample_every": 500}
+       "lr": 1e-3, "init": "glorot", "lambda_vgg": 0.0, "workers": 0, "sample_every": 250,
+       "segmenter_steps": 300}
 GENERATORS = ("spade", "concat", "hd", "hd-spade", "hd-concat")
 UPSAMPLING = {"normal": 5, "more": 6, "most": 7}  # how often a side doubles
 

@@ -518,6 +518,23 @@ def test_any_batch_size_is_the_mean_over_pictures():
     torch.testing.assert_close(both, (gradient(slice(0, 1)) + gradient(slice(1, 2))) / 2)
 
 
+@pytest.mark.parametrize("flags", [
+    ["--generator", "concat"], ["--generator", "hd"], ["--generator", "hd-spade"],
+    ["--generator", "hd-concat"], ["--input", "random"], ["--kernel", "1"], ["--kernel", "5"],
+    ["--norm", "batch"], ["--norm", "instance", "--size", "64"], ["--no-spectral"],
+    ["--d-layers", "5"], ["--lambda-fm", "0"], ["--no-ttur"]], ids=" ".join)
+def test_every_comparison_of_tables_2_3_to_2_5_trains(flags):
+    args = tiny_args(*flags)
+    m = spade.build(args, CPU)
+    batch = spade.random_batch(args, CPU)
+    before = [p.clone() for p in m.G.parameters()]
+    losses = spade.train_step(m, *batch, args, torch.Generator().manual_seed(0))
+    assert set(losses) == {"GAN", "FM", "D"} - ({"FM"} if "--lambda-fm" in flags else set())
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    moved = [not torch.equal(p, q) for p, q in zip(m.G.parameters(), before, strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
 def test_amp_step_is_finite_and_close():
     args = tiny_args("--init", "glorot", "--input", "encoder")
     losses = []
