@@ -786,7 +786,7 @@ def random_batch(args, device):
 def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     """One update of G (with E) and of D on labels (B, H, W), edges and pictures x (B, 3, H, W).
 
-    Both move from the same forward pass, G's first. Returns losses by name.
+    Both move from one forward pass of G and one of D. Returns losses by name.
     rng: CPU generator of the noise in z. average: gradients over processes.
     """
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
@@ -1095,7 +1095,7 @@ class Segmenter(nn.Module):
     pictures in a minute or so, and its figures compare with its own on real pictures only.
     """
 
-    def __init__(self, classes, width=24):
+    def __init__(self, classes, width=16):
         super().__init__()
         self.down = nn.ModuleList([
             nn.Sequential(conv_block(3, width), conv_block(width, width)),
@@ -1193,7 +1193,8 @@ def truth_scores(m, root, args, device):
     pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
     test = labels, edges, x = test_batch(held_out, args)
     paint = functools.partial(synthesise, m, labels, edges, args=args, device=device)
-    answers = {"z": paint(random_style(len(x), 0, args))}
+    each = [random_style(1, i, args) for i in range(len(x))]              # a z for every layout
+    answers = {"z": paint(None if args.input == "segmap" else torch.cat(each))}
     if args.input == "encoder":
         z = style(m, x, device)
         answers = {"own style": paint(z), "another's style": paint(z.roll(-1, 0))} | answers
