@@ -343,8 +343,8 @@ class SpadeBlock(nn.Module):
     def forward(self, h, m):
         normalised = self.norm_0(h)
         skip = self.conv_s(self.spade_s(normalised, m)) if hasattr(self, "conv_s") else h
-        h = self.conv_0(F.leaky_relu(self.spade_0(normalised, m), 0.2))
-        h = self.conv_1(F.leaky_relu(self.spade_1(self.norm_1(h), m), 0.2))
+        h = self.conv_0(F.leaky_relu_(self.spade_0(normalised, m), 0.2))
+        h = self.conv_1(F.leaky_relu_(self.spade_1(self.norm_1(h), m), 0.2))
         return skip + h
 
 
@@ -791,6 +791,8 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     """
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
     label_map, losses, L_KLD = LabelMap(labels, edges, channels(args)[0]), {}, []
+    m.opt_G.zero_grad(set_to_none=True)      # WHY so early: the last step's gradients, as large as
+    m.opt_D.zero_grad(set_to_none=True)      # the weights, are gone before G's maps are made
 
     # ---- forward: z if there is one, x_hat = G(m, z) ------------------------------------------
     z = None
@@ -807,11 +809,11 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     # ---- what G's losses say about each pixel of x_hat ----------------------------------------
     # WHY stop at x_hat: VGG's maps are freed before D makes its own, D's weights get no gradient
     # from G's losses, and D's update below reads the same pass with x_hat as a constant.
-    leaf, grad = common.full(x_hat.detach()).requires_grad_(), 0
+    leaf = common.full(x_hat.detach()).requires_grad_()   # collects the gradient in leaf.grad
     if args.lambda_vgg > 0:
         with autocast():
             losses["VGG"] = perceptual(m.vgg, leaf, x)
-        grad, = torch.autograd.grad(args.lambda_vgg * losses["VGG"], leaf)
+        (args.lambda_vgg * losses["VGG"]).backward()
     with autocast():  # no layer of D mixes pictures, so fake and real can share one pass
         outs = m.D(label_map, torch.cat([leaf, x]))
     fakes, reals = ([[layer[half] for layer in scale] for scale in outs]
@@ -825,19 +827,18 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     if args.lambda_fm > 0:
         losses["FM"] = feature_matching([s[:-1] for s in fakes], [s[:-1] for s in reals])
         L_G = L_G + args.lambda_fm * losses["FM"]
-    grad = grad + torch.autograd.grad(L_G, leaf, retain_graph=True)[0]
+    L_G.backward(inputs=[leaf], retain_graph=True)
 
     # ---- D: real above 1, fake below -1 -------------------------------------------------------
     losses["D"] = over_scales(common.hinge, fakes, False) + over_scales(common.hinge, reals, True)
-    m.opt_D.zero_grad(set_to_none=True)
     losses["D"].backward(inputs=list(m.D.parameters()))
     average(m.D)
     m.opt_D.step()
 
     # ---- G and E: the gradient goes on from x_hat ---------------------------------------------
     del outs, fakes, reals
-    m.opt_G.zero_grad(set_to_none=True)
-    torch.autograd.backward([x_hat, *L_KLD], [grad.to(x_hat.dtype), *[None] * len(L_KLD)])
+    grad = leaf.grad.to(x_hat.dtype)
+    torch.autograd.backward([x_hat, *L_KLD], [grad, *[None] * len(L_KLD)])
     average(m.G, *([m.E] if args.input == "encoder" else []))
     m.opt_G.step()
     return {name: loss.detach() for name, loss in losses.items()}
@@ -1095,7 +1096,7 @@ class Segmenter(nn.Module):
     pictures in a minute or so, and its figures compare with its own on real pictures only.
     """
 
-    def __init__(self, classes, width=16):
+    def __init__(self, classes, width=24):
         super().__init__()
         self.down = nn.ModuleList([
             nn.Sequential(conv_block(3, width), conv_block(width, width)),
