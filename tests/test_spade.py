@@ -198,7 +198,7 @@ def test_border_marks_both_sides():
 
 def naive_spade(h, m, layer, kernel=3, eps=1e-5):
     """Eqs. 2.1 to 2.3 with loops over channels; the convolutions on the one-hot map are dense."""
-    n = layer.channels
+    n, h = layer.channels, h.detach()
     shared = F.relu(F.conv2d(m.one_hot(), layer.shared.weight, layer.shared.bias,
                              padding=kernel // 2))
     both = F.conv2d(shared, layer.gamma_beta.weight, layer.gamma_beta.bias, padding=kernel // 2)
