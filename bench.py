@@ -33,6 +33,8 @@ ROWS = {
                 ["--semantic", "literal", "--task-weights", "random"])],
     "cyclegan": [("CycleGAN", []),
                  ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
+    "spade": [("SPADE, 35 labels, no VGG", ["--labels", "35", "--lambda-vgg", "0"]),
+              ("SPADE, 35 labels", ["--labels", "35", "--vgg", "random"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

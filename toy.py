@@ -20,6 +20,9 @@ DATA SETS (in the layout of the real one of the same name)
     synthetic2real      source_img source_label: flat computer graphics with label maps; target_img
                         target_label test_img test_label: other scenes of the same world, as a
                         camera sees them in the evening. Labels are indices into CLASSES.
+    scenes              {train,test}_{img,label,inst}: landscapes with their label and instance
+                        maps, each in one of six styles (season, hour, colours); test_styles/STYLE/
+                        shows every test layout in every style.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -47,7 +50,7 @@ VERSION = 1  # raise it whenever a picture changes: `ensure` then draws its fold
 
 COATS = ("plain", "zebra")
 LABELS = ("sky", "hill", "ground", "trunk", "leaves", "grass", "body", "neck", "head", "ear", "leg",
-          "hoof", "muzzle", "eye", "mane", "tail")
+          "hoof", "muzzle", "eye", "mane", "tail", "water")
 COAT_PARTS = ("body", "neck", "head", "ear", "leg")  # the only labels that a coat may change
 
 # The sky's colours, the colours of sunlight and of shade (multipliers, 255 = 1; shade is cooler, as
@@ -514,8 +517,13 @@ def render(scene, size, coat="plain"):
 
     Box filtering keeps each pixel's colour inside the pixel: a coat changes no pixel outside of it.
     """
-    times, day = supersample(size), DAYLIGHT[scene.daylight]
-    canvas = paint(scene, size * times, coat)
+    times = supersample(size)
+    return lit(paint(scene, size * times, coat), scene, times)
+
+
+def lit(canvas, scene, times):
+    """The picture of a painted Canvas: colour x light, reduced `times` times."""
+    day = DAYLIGHT[scene.daylight]
     light = canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))
     ramp = np.linspace(day["shade"], day["sun"], 256) * scene.brightness  # (256 levels of light, 3)
     ramp = ramp.clip(0, 255).astype(np.uint8)
@@ -534,8 +542,8 @@ def coat_mask(scene, size):
 # 4. Data sets on disk ----------------------------------------------------------------------------
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
-OURS = re.compile(r"(train|test)[AB]/\d{4,}\.png|contact\.png|toy\.json"
-                  r"|(source|target|test)_(img|label)/\d{4,}\.png")
+OURS = re.compile(r"((train|test)[AB]|(train|test|source|target)_(img|label|inst)"
+                  r"|test_styles/[a-z]+)/\d{4,}\.png|contact\.png|toy\.json")
 
 
 def describe(name, n, size, seed):
@@ -789,9 +797,168 @@ def synthetic2real(out, n=300, size=64, seed=0, n_test=60):
         contact_sheet(folder, list(zip(rows, captions, strict=True)), folder / "contact.png")
 
 
+# Label maps and styles, for semantic image synthesis ---------------------------------------------
+
+SCENE_CLASSES = {  # what a label map's ids 0, 1, ... stand for, and the LABELS of each
+    "sky": ("sky",), "hill": ("hill",), "ground": ("ground",), "grass": ("grass",),
+    "tree": ("trunk", "leaves"), "animal": (*COAT_PARTS, "hoof", "muzzle", "eye", "mane", "tail"),
+    "water": ("water",)}
+SCENE_STYLES = {  # all that a label map does not say
+    "spring": dict(daylight="noon", brightness=1.02, sun_x=0.3, ground=(128, 176, 74),
+                   leaf=(66, 130, 52), coat=(150, 84, 50), water=(88, 150, 208)),
+    "savanna": dict(daylight="golden", brightness=1.0, sun_x=0.75, ground=(222, 176, 96),
+                    leaf=(132, 138, 62), coat=(214, 170, 112), water=(118, 128, 110)),
+    "autumn": dict(daylight="overcast", brightness=0.98, sun_x=0.5, ground=(160, 124, 78),
+                   leaf=(206, 104, 36), coat=(74, 56, 50), water=(92, 104, 104)),
+    "winter": dict(daylight="overcast", brightness=1.06, sun_x=0.5, ground=(236, 240, 246),
+                   leaf=(58, 84, 82), coat=(118, 98, 84), water=(178, 206, 222)),
+    "sunset": dict(daylight="dawn", brightness=0.86, sun_x=0.25, ground=(158, 96, 92),
+                   leaf=(84, 60, 84), coat=(70, 44, 52), water=(232, 138, 120)),
+    "night": dict(daylight="noon", brightness=0.55, sun_x=0.6, ground=(96, 118, 128),
+                  leaf=(54, 84, 96), coat=(196, 196, 204), water=(70, 92, 168))}
+
+
+class InstanceCanvas(Canvas):
+    """A Canvas with a fourth sheet: `thing`'s number where it has painted a label."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.instance, self.thing = Image.new("L", (size, size)), 0
+        self._instance = ImageDraw.Draw(self.instance)
+
+    def polygon(self, points, colour=None, light=None, label=None):
+        super().polygon(points, colour, light, label)
+        if label is not None:
+            self._instance.polygon(np.multiply(points, self.size).ravel().tolist(), self.thing)
+
+    def ellipse(self, x, y, rx, ry, colour=None, light=None, label=None):
+        super().ellipse(x, y, rx, ry, colour, light, label)
+        if label is not None:
+            box = [c * self.size for c in (x - rx, y - ry, x + rx, y + ry)]
+            self._instance.ellipse(box, self.thing)
+
+
+def styled_scene(rng):
+    """A random layout: function style name -> (picture, label map, instance map), given a size."""
+    scene = sample_scene(rng)
+    tufts = scene.tufts[::2]
+    pond = None
+    if rng.random() < 0.65:
+        y = scene.horizon + (1 - scene.horizon) * rng.uniform(0.2, 0.85)
+        pond = rng.uniform(0.1, 0.9), y, rng.uniform(0.25, 0.45), rng.uniform(0.05, 0.09)
+
+    def draw(name, size):
+        style, times = SCENE_STYLES[name], supersample(size)
+        look = {key: style[key] for key in ("daylight", "brightness", "sun_x", "ground")}
+        day, low = DAYLIGHT[style["daylight"]], mix(style["ground"], style["leaf"], 0.5)
+        restyled = replace(
+            scene, **look, trees=tuple(replace(t, leaf=style["leaf"]) for t in scene.trees),
+            tufts=tuple(replace(t, colour=low, height=1.8 * t.height) for t in tufts),
+            animals=tuple(replace(a, plain=style["coat"]) for a in scene.animals))
+        canvas = InstanceCanvas(size * times)
+        paint_backdrop(canvas, restyled)
+        if pond:
+            x, y, rx, ry = pond
+            canvas.ellipse(x, y, rx, ry, style["water"], 1.0, "water")
+            for k, dy in ((0.7, -0.35), (0.8, 0.15), (0.5, 0.6)):  # ripples that mirror the sky
+                ripple = mix(style["water"], day["low"], 0.5)
+                canvas.ellipse(x, y + dy * ry, k * rx, 0.12 * ry, ripple)
+        paint_shadows(canvas, restyled)
+        for thing in sorted([*restyled.trees, *restyled.tufts, *restyled.animals],
+                            key=lambda thing: thing.y):
+            if isinstance(thing, Tuft):
+                canvas.thing = 0
+                paint_tuft(canvas, thing)
+                continue
+            canvas.thing = 1 + (restyled.trees + restyled.animals).index(thing)
+            if isinstance(thing, Tree):
+                paint_tree(canvas, restyled, thing)
+            else:
+                paint_animal(canvas, restyled, thing, "plain")
+        classes = np.zeros(len(LABELS), dtype=np.uint8)
+        for i, members in enumerate(SCENE_CLASSES.values()):
+            classes[[LABELS.index(label) for label in members]] = i
+        centre = slice(times // 2, None, times)
+        maps = (np.asarray(sheet)[centre, centre] for sheet in (canvas.label, canvas.instance))
+        label, instance = maps
+        return (lit(canvas, restyled, times), Image.fromarray(classes[label]),
+                Image.fromarray(instance))
+
+    return draw
+
+
+def scenes(out, n=600, size=64, seed=0, n_test=40):
+    """Draw landscapes for semantic image synthesis into the folder `out`.
+
+    Writes {train,test}_img (RGB), _label (ids of SCENE_CLASSES) and _inst (0, or one number per
+    tree and animal); each picture has a style of its own. test_styles/STYLE/NNNN.png is the true
+    answer for test layout NNNN in that style. contact.png is a sheet of samples. Picture i depends
+    on seed, split and i only. Raises ValueError (numbers, an `out` with other files), OSError.
+    """
+    if n_test < 1:
+        raise ValueError(f"n_test is {n_test}, expected at least 1")
+    names = list(SCENE_STYLES)
+    with published(out, describe("scenes", n, size, seed)) as folder:
+        for stream, (split, count) in enumerate((("train", n), ("test", n_test)), start=3):
+            subs = [f"{split}_{kind}" for kind in ("img", "label", "inst")]
+            subs += [f"test_styles/{name}" for name in names] if split == "test" else []
+            for sub in subs:
+                (folder / sub).mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng([seed, stream, i])
+                own, draw = pick(rng, names), styled_scene(rng)
+                for sub, sheet in zip(subs, draw(own, size), strict=False):
+                    sheet.save(folder / sub / f"{i:04d}.png")
+                for sub in subs[3:]:
+                    draw(Path(sub).name, size)[0].save(folder / sub / f"{i:04d}.png")
+        rows = [("train_img", "each in one of six styles"), ("test_img", "held-out layouts")]
+        rows += [(f"test_styles/{name}", "the same layouts") for name in names]
+        contact_sheet(folder, rows, folder / "contact.png")
+
+
+def scene_scores(answers, label, folder, mean_colours):
+    """Scores of pictures painted from the test label maps of a `scenes` folder.
+
+    answers: {"own style": x, "another's style": x, "z": x}, each (N, 3, H, W) in [-1, 1] for the
+    N test layouts in order: in the style of the layout's own picture, in the style of the next
+    layout's picture, and in no style in particular. label: (N, H, W). mean_colours: (classes, 3),
+    what the trivial answer paints each class with. A colour error is the mean absolute difference,
+    in grey levels, of colours averaged over 5x5 pixels of 64, so that colours count and texture
+    does not; for "z" it is that to the nearest style. Returns [{"name", "value", "better",
+    "trivial"}]; lower is better.
+    """
+    files = sorted((Path(folder) / "test_img").iterdir())
+
+    def load(sub):
+        return np.stack([np.asarray(Image.open(Path(folder) / sub / f.name)) for f in files]
+                        ).transpose(0, 3, 1, 2) / 127.5 - 1
+
+    own, every = load("test_img"), np.stack([load(f"test_styles/{s}") for s in SCENE_STYLES])
+    style = np.abs(every - own).mean(axis=(2, 3, 4)).argmin(axis=0)      # of each test picture
+    following = np.roll(style, -1)
+    truths = {"own style": own, "another's style": every[following, np.arange(len(own))]}
+    flat = np.asarray(mean_colours)[label].transpose(0, 3, 1, 2)
+    radius = max(1, own.shape[-1] // 32)
+
+    def error(x, truth):
+        x, truth = (window_mean(np.asarray(a, dtype=np.float64), radius) for a in (x, truth))
+        return np.abs(x - truth).mean(axis=(1, 2, 3)) * 127.5            # (N,)
+
+    def score(name, x):
+        if name in truths:
+            return float(error(x, truths[name]).mean())
+        return float(np.min([error(x, e) for e in every], axis=0).mean())
+
+    wrong = {"own style": truths["another's style"], "another's style": own}
+    return [{"name": f"colour error, {name}", "value": score(name, x), "better": "lower",
+             "trivial": {"mean colour per class": score(name, flat)} | (
+                 {"the true picture in the other style": score(name, wrong[name])}
+                 if name in wrong else {})} for name, x in answers.items()]
+
+
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
-            "synthetic2real": synthetic2real}
-DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300}
+            "synthetic2real": synthetic2real, "scenes": scenes}
+DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
