@@ -28,6 +28,8 @@ ROWS = {
     "cut": [("CUT", []), ("FastCUT", ["--mode", "fastcut"]),
             ("SinCUT, 16 crops of 64", ["--mode", "sincut", "--size", "64"]),
             ("SinCUT, 16 crops of 128", ["--mode", "sincut", "--size", "128"])],
+    "pix2pixsc": [("pix2pixSC", ["--labels", "35", "--vgg", "random"]),
+                  ("pix2pixSC without VGG", ["--labels", "35", "--lambda-2", "0"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

@@ -267,7 +267,7 @@ def semantic_weights(features, consistent, args):
     """
     M = torch.tensor([f[0].numel() for f in features], dtype=torch.float32)
     deep = (M[-1] / M).to(consistent.device)              # 1/32, 1/16, 1/8, 1/4, 1
-    same = consistent.float()[:, None] if args.adaptive else torch.ones_like(consistent[:, None])
+    same = (consistent | (not args.adaptive)).float()[:, None]
     return same + (1 - same) * deep if args.w == "paper" else deep + 2 * same
 
 
