@@ -95,7 +95,7 @@ ABLATIONS = {  # Tab. 4
     "adaptive": {"adaptive": False},
 }
 TOY = {"size": 64, "batch": 2, "steps": 2000, "lr": 5e-4, "ngf": 16, "ndf": 16, "blocks": 4,
-       "downs": 3, "vgg": "random", "same_style": 0.5, "workers": 0, "sample_every": 500}
+       "downs": 3, "vgg": "random", "vgg_layers": 5, "same_style": 0.5, "workers": 0, "sample_every": 500}
 
 
 def get_args(argv=None):
@@ -123,6 +123,8 @@ def get_args(argv=None):
     add("--ablation", choices=[*ABLATIONS, "all"], default="none",
         help="Tab. 4: what to leave out; all = train each in turn, write a table and a strip")
     add("--vgg", default="imagenet", help="VGG-19 weights: imagenet, random, or a file")
+    add("--vgg-layers", type=int, choices=range(1, 6), default=5, metavar="N",
+        help="the N of Eq. (6): how many of relu1_1, relu2_1, ..., relu5_1 (code: 5)")
     add("--vgg-resize", action=switch, default=False,
         help="resize pictures lower than 224 to 224x224 before VGG (code)")
     add("--label-kind", choices=["ids", "picture", "landmarks"], default="ids",
@@ -217,6 +219,11 @@ def label_channels(args):
     return {"ids": args.labels, "picture": 3, "landmarks": 1 + len(FACE_CURVES)}[args.label_kind]
 
 
+def perceptual(args, layers=5):
+    """L^(1) ... L^(layers) of Eq. (6). CHOICE (code): VGG is fed [-1, 1], not ImageNet's range."""
+    return VGG19([f"relu{i + 1}_1" for i in range(layers)], args.vgg, False, ceil_mode=True)
+
+
 def build(args, device):
     """G, D_R, D_SC, their Adams, and the frozen VGG-19 (None if nothing reads it)."""
     torch.manual_seed(args.seed)
@@ -224,8 +231,7 @@ def build(args, device):
     G = Generator(L, args.ngf, args.downs, args.blocks)
     D_R = PatchGAN(L + 3, args.ndf, padding=2)  # App. B.2: C64-C128-C256-C512, and one more
     D_SC = PatchGAN(3 + 3, args.ndf, padding=2)  # convolution; 70x70 pixels each, 35x35 logits
-    V = (VGG19([f"relu{i}_1" for i in range(1, 6)], args.vgg, normalise=False)  # CHOICE (code)
-         if args.lambda_2 > 0 else None)
+    V = perceptual(args, args.vgg_layers) if args.lambda_2 > 0 else None
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     for net in (G, D_R, D_SC):
         common.init_weights(net, "normal", 0.02).to(device, memory_format=layout)  # App. C
@@ -578,7 +584,7 @@ def random_batch(args, device):
 
 def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
                average=lambda *nets: None, style=1.0):
-    """One update of D_R, D_SC and G (Eq. 8) on a batch of `Clips`; returns losses by name.
+    """One update of D_R, D_SC and G on a batch of `Clips`; returns losses by name.
 
     average: gradients over processes. style: this phase's factor of lambda_1 (App. C). rng is not
     used: the step makes no random choice.
@@ -603,10 +609,10 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
     losses["StdAdv"] = L_G = common.lsgan(logits[:B], True)                 # Eq. (4), G's side
     if args.lambda_FM > 0:
         losses["FM"] = feature_matching([f[:B] for f in maps], [f[B:] for f in maps])
-        L_G = L_G + args.lambda_FM * losses["FM"]
+        L_G = L_G + args.lambda_FM * losses["FM"]                           # Eq. (1)
     grads += torch.autograd.grad(L_G, fake, retain_graph=True)
-    losses["D_R"] = 0.5 * (common.lsgan(logits[:B], False)
-                           + common.lsgan(logits[B:], True))                # Eq. (4), D_R's side
+    losses["D_R"] = 0.5 * (common.lsgan(logits[:B], False)                  # Eq. (4), D_R's side;
+                           + common.lsgan(logits[B:], True))                # so reads Eq. (2)
     update(losses["D_R"], D_R, m.opt_D_R, average)
 
     # ---- D_SC: (y_S, I) towards 1, (y_N, I) and (y_hat, I) towards 0 ----------------------------
@@ -635,7 +641,7 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
     m.opt_G.zero_grad(set_to_none=True)
     y_hat.backward(sum(grads))                                              # Eq. (7)
     average(G)
-    m.opt_G.step()
+    m.opt_G.step()                                                          # Eq. (8)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -644,7 +650,7 @@ def update(loss, net, optimiser, average):
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(loss, inputs=list(net.parameters()))
     average(net)
-    optimiser.step()
+    optimiser.step()                                                        # Eq. (8)
 
 
 # =============================================================================================
@@ -986,8 +992,7 @@ def evaluate(args):
         scores += label_scores(test, y_hat, find_frames(root, "train", args))
     if args.predicted:
         scores += predicted_scores(test, [Path(args.predicted) / name for name in names])
-    V = VGG19([f"relu{i}_1" for i in range(1, 6)], args.vgg, normalise=False, ceil_mode=True)
-    V.to(device)
+    V = perceptual(args).to(device)
     scores.append({"name": f"VGG distance of patches ({args.vgg})", "better": "lower",
                    "value": patch_distance(test, y_hat, V),
                    "trivial": {"z, in its own style": patch_distance(test, test.images(0), V)}})

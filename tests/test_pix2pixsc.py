@@ -17,7 +17,6 @@ from PIL import Image
 
 import common
 import pix2pixsc as sc
-import toy
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--ngf", "2", "--ndf", "2", "--blocks", "1", "--downs", "2", "--batch", "2",
