@@ -95,7 +95,8 @@ ABLATIONS = {  # Tab. 4
     "adaptive": {"adaptive": False},
 }
 TOY = {"size": 64, "batch": 2, "steps": 2000, "lr": 5e-4, "ngf": 16, "ndf": 16, "blocks": 4,
-       "downs": 3, "vgg": "random", "vgg_layers": 5, "same_style": 0.5, "workers": 0, "sample_every": 500}
+       "downs": 3, "vgg": "random", "vgg_layers": 5, "same_style": 0.5, "workers": 0,
+       "sample_every": 500}
 
 
 def get_args(argv=None):
@@ -301,6 +302,7 @@ def feature_matching(fake, real):
 
 
 class Frame(NamedTuple):
+    name: str  # CLIP/FRAME or CLIP_FRAME
     image: Path
     label: Path
     clip: str
@@ -329,7 +331,7 @@ def find_frames(root, split, args):
     if not images:
         raise UserError(f"{folders[0]}: no pictures in this folder; expected {LAYOUT}")
     clips = {}
-    for name in images:
+    for name in sorted(images):
         if name not in labels:
             raise UserError(f"{images[name]}: has no label file {folders[1] / name}"
                             f"{'.txt' if args.label_kind == 'landmarks' else '.png'}")
@@ -337,7 +339,7 @@ def find_frames(root, split, args):
     frames = []
     for clip in sorted(clips):
         clips[clip].sort(key=lambda n: [(t, int(d or 0)) for t, d in re.findall(r"(\D*)(\d*)", n)])
-        frames += [Frame(images[n], labels[n], clip, i) for i, n in enumerate(clips[clip])]
+        frames += [Frame(n, images[n], labels[n], clip, i) for i, n in enumerate(clips[clip])]
     return with_groups(frames, args.groups) if args.groups else frames
 
 
@@ -368,9 +370,9 @@ def with_groups(frames, path):
         raise UserError(f"--groups {path}: expected lines 'CLIP GROUP' or 'PICTURE GROUP', or "
                         "BDD100K's label file") from None
     groups = {re.sub(r"\.(png|jpe?g)$", "", name): group for name, group in groups.items()}
-    found = [f._replace(group=groups.get(f.image.stem) or groups.get(f.clip)) for f in frames]
+    found = [f._replace(group=groups.get(f.name) or groups.get(f.clip)) for f in frames]
     if bad := [f for f in found if f.group is None and not bdd]:
-        raise UserError(f"--groups {path}: names neither {bad[0].image.stem} nor {bad[0].clip}")
+        raise UserError(f"--groups {path}: names neither {bad[0].name} nor {bad[0].clip}")
     return [f for f in found if f.group is not None]
 
 
@@ -378,9 +380,8 @@ class Pairs:
     """Sec. 3.3: which frames share a style, and random pairs that do or do not."""
 
     def __init__(self, frames, T):
-        self.frames, self.T, self.start, self.members = frames, T, {}, {}
+        self.frames, self.T, self.members = frames, T, {}
         for i, f in enumerate(frames):
-            self.start.setdefault(f.clip, i - f.number)
             self.members.setdefault(f.group or f.clip, []).append(i)
 
     def consistent(self, i, j):
@@ -424,6 +425,9 @@ class Clips(torch.utils.data.Dataset):
         if len(self.pairs.members) < 2:
             raise UserError(f"--data {args.data}: all pictures are of one style "
                             f"({next(iter(self.pairs.members))}); two clips or groups are needed")
+        if len(self.pairs.members) == len(frames):
+            raise UserError(f"--data {args.data}: no two pictures are of one style; name them "
+                            "CLIP_FRAME or CLIP/FRAME, or give --groups FILE")
 
     def __getitem__(self, n):
         rng = random.Random(common.mix(self.args.seed, n))
@@ -755,7 +759,7 @@ class Tests:
     def answers(self):
         """The toy world's true answers, (N, 3, H, W)."""
         return torch.stack([common.to_tensor(toy.clip_answer(
-            self.root, *(f"{f.clip}/{f.image.name}" for f in pair))) for pair in self.pairs])
+            self.root, *(f.name for f in pair))) for pair in self.pairs])
 
     def columns(self, G):
         """Columns of a sample grid; the last one is the truth, or z, which has another style."""

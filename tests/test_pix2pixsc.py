@@ -363,7 +363,7 @@ def test_variants_train(flags):
 
 def frames_of(clips, groups=None):
     """clips: {name: number of frames}."""
-    return [sc.Frame(Path(f"{c}/{i}.png"), Path(f"{c}/{i}.png"), c, i, (groups or {}).get(c))
+    return [sc.Frame(f"{c}/{i}", Path(), Path(), c, i, (groups or {}).get(c))
             for c, n in clips.items() for i in range(n)]
 
 
@@ -483,6 +483,10 @@ def test_style_groups_of_clips_and_pictures(tmp_path):
     (tmp_path / "g.txt").write_text("a day  # comment\nb_c,day\n\nd_0 dusk\nd night\n")
     groups = [f.group for f in sc.with_groups(frames, str(tmp_path / "g.txt"))]
     assert groups == ["day"] * 8 + ["dusk"] + ["night"] * 3
+    folders = sc.find_frames(write_data(tmp_path / "f", clips=("0", "1")), "train", tiny_args())
+    (tmp_path / "g.txt").write_text("0 day\n1 dusk\n0/2.png rain")  # a frame named like a clip
+    groups = [f.group for f in sc.with_groups(folders, str(tmp_path / "g.txt"))]
+    assert groups == ["day", "day", "rain", "day"] + ["dusk"] * 4
     (tmp_path / "g.txt").write_text("a day\nb_c dusk\n")
     with pytest.raises(common.UserError, match="names neither d_0 nor d"):
         sc.with_groups(frames, str(tmp_path / "g.txt"))
@@ -498,9 +502,8 @@ def test_bdd100k_groups_are_table_7(tmp_path):
             for g, (w, t) in table.items()]
     rows.append({"name": "q.jpg", "attributes": {"weather": "snowy", "timeofday": "night"}})
     (tmp_path / "bdd.json").write_text(json.dumps(rows))
-    frames = [sc.Frame(Path(f"p{g}.jpg"), Path("x"), f"p{g}", 0) for g in table]
-    frames.append(sc.Frame(Path("q.jpg"), Path("x"), "q", 0))
-    found = {f.image.stem: f.group for f in sc.with_groups(frames, str(tmp_path / "bdd.json"))}
+    frames = [sc.Frame(n, Path(), Path(), n, 0) for n in (*(f"p{g}" for g in table), "q")]
+    found = {f.name: f.group for f in sc.with_groups(frames, str(tmp_path / "bdd.json"))}
     assert found == {f"p{g}": str(g) for g in table if g} | {"q": "1"}
 
 
@@ -749,7 +752,7 @@ def test_patches_show_the_same_thing(tmp_path):
     ids[5:15, 40:56] = 1
     ids[0, 0] = 2  # too small to count
     Image.fromarray(ids).save(tmp_path / "l.png")
-    frame = sc.Frame(tmp_path / "i.png", tmp_path / "l.png", "a", 0)
+    frame = sc.Frame("a/0", tmp_path / "i.png", tmp_path / "l.png", "a", 0)
     centres = sc.patch_centres(frame, tiny_args(), (60, 40))
     assert set(centres) == {0, 1} and ids[tuple(int(c) for c in centres[0])] == 0
     assert abs(centres[1][0] - 9.5) <= 1 and abs(centres[1][1] - 47.5) <= 1
@@ -815,6 +818,8 @@ def test_user_errors_are_one_line(data, trained, tmp_path, capsys):
     assert "ids [2]" in line and ".png" in line and "--labels 2" in line
     one = write_data(tmp_path / "one", clips=("a",))
     assert "one style" in run_fails(capsys, "--data", one, *TINY)
+    alone = write_data(tmp_path / "alone", frames=1)
+    assert "--groups FILE" in run_fails(capsys, "--data", alone, *TINY)
     assert "no such" in run_fails(capsys, *tiny, "--groups", tmp_path / "none").lower()
     (tmp_path / "g.json").write_text("{}")
     (tmp_path / "bad.json").write_text("[1]")
