@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import pix2pixsc as sc
+import toy
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--ngf", "2", "--ndf", "2", "--blocks", "1", "--downs", "2", "--batch", "2",
@@ -847,3 +848,74 @@ def test_bad_landmarks_are_named(tmp_path, capsys):
     line = run_fails(capsys, "--data", root, *TINY, "--label-kind", "landmarks", "--steps", 9,
                      "--out", tmp_path / "r")
     assert "0.txt" in line and "68 lines" in line
+
+
+# ---- the toy world's clips --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_clips(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "clips"
+    toy.clips(out, n=3, size=32, n_test=2)
+    return out
+
+
+def test_toy_layout(toy_clips):
+    names = [f"{t:04d}.png" for t in range(toy.CLIP_FRAMES)]
+    for split, count in (("train", 3), ("test", 2)):
+        for kind, mode in (("img", "RGB"), ("label", "P")):
+            folder = toy_clips / f"{split}_{kind}"
+            assert sorted(f.name for f in folder.iterdir()) == [f"{c:04d}" for c in range(count)]
+            for clip in folder.iterdir():
+                assert sorted(f.name for f in clip.iterdir()) == names
+                assert (Image.open(clip / names[0]).mode, Image.open(clip / names[0]).size) == (
+                    mode, (32, 32))
+    assert toy.is_complete(toy_clips, toy.describe("clips", 3, 32, 0))
+    frames = sc.find_frames(toy_clips, "train", sc.get_args([]))
+    assert [f.name for f in frames] == [f"{c:04d}/{t:04d}" for c in range(3) for t in range(12)]
+
+
+def test_toy_clips_move_and_keep_their_style():
+    clips = [toy.sample_clip(np.random.default_rng([5, i])) for i in range(30)]
+    assert len({c.style for c in clips}) == 30
+    assert {c.style.coat for c in clips} == set(toy.COATS)
+    assert {c.style.daylight for c in clips} == set(toy.DAYLIGHT)
+    for clip in clips[:5]:
+        labels = [np.asarray(toy.clip_label(toy.clip_scene(clip, t, clip.style), 32))
+                  for t in range(toy.CLIP_FRAMES)]
+        changed = [(a != b).mean() for a, b in itertools.pairwise(labels)]
+        assert min(changed) > 0.01
+        assert (labels[0] != labels[-1]).mean() > 0.1
+
+
+def test_toy_style_never_touches_the_label_map():
+    clips = [toy.sample_clip(np.random.default_rng([6, i])) for i in range(6)]
+    for a, b in itertools.pairwise(clips):
+        labels = [np.asarray(toy.clip_label(toy.clip_scene(a, 4, c.style), 32)) for c in (a, b)]
+        assert np.array_equal(*labels)
+        pictures = [np.asarray(toy.render(toy.clip_scene(a, 4, c.style), 32, c.style.coat),
+                               dtype=float) for c in (a, b)]
+        assert np.abs(pictures[0] - pictures[1]).mean() > 5
+
+
+def test_toy_answers(toy_clips):
+    own = toy.clip_answer(toy_clips, "0001/0003", "0001/0009")
+    assert own.tobytes() == Image.open(toy_clips / "test_img/0001/0003.png").tobytes()
+    other = toy.clip_answer(toy_clips, "0001/0003", "0000/0009")
+    assert other.tobytes() != own.tobytes()
+    assert other.tobytes() == toy.clip_answer(toy_clips, "0001/0003", "0000/0001").tobytes()
+
+
+def test_toy_style_error_against_loops():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (2, 6, 7))
+    labels[0, 0, :4] = 5  # too few pixels to count
+    a, b = rng.uniform(-1, 1, (2, 2, 3, 6, 7))
+    errors = []
+    for n in range(2):
+        for i in range(3):
+            one, other = ([p[n, c][labels[n] == i] for c in range(3)] for p in (a, b))
+            errors.append(sum(abs(u.mean() - v.mean()) + abs(u.std() - v.std())
+                              for u, v in zip(one, other, strict=True)) / 3 * 127.5)
+    assert toy.clip_style_error(labels, a, b) == pytest.approx(np.mean(errors))
+    assert toy.clip_style_error(labels, b, b) == 0
