@@ -498,14 +498,14 @@ def read_label(path, args, size=None):
 def check_labels(frames, args):
     """Before training: sets args.labels if it was not given, and finds ids out of range."""
     if args.label_kind == "ids":
-        found = {f.label: {v for _, v in open_ids(f.label).getcolors(1 << 16)} for f in frames}
+        found = {f.label: set(np.unique(open_ids(f.label)).tolist()) for f in frames}
         ids = set.union(*found.values())
         if args.labels is None:
             args.labels = max(ids - {255}, default=0) + 1 + (255 in ids)
             print(f"--labels {args.labels}: the largest id plus one"
                   + (", and one for 255" if 255 in ids else ""))
         for path, ids in found.items():
-            if wrong := sorted(v for v in ids - {255} if not 0 <= v < args.labels):
+            if wrong := sorted(v for v in ids - {255} if not 0 <= v < min(args.labels, 256)):
                 raise UserError(f"{path}: holds the ids {wrong}; --labels {args.labels} allows 0 "
                                 f"to {args.labels - 1}, and 255")
 
@@ -530,7 +530,7 @@ FACE_CURVES = [[*range(17)], [16, *range(82, 67, -1), 0], [*range(17, 22)], [*ra
 def read_landmarks(path):
     """A text file, 'W H' and 68 lines 'x y' in pixels -> points (68, 2), size (W, H)."""
     try:
-        table = np.loadtxt(path, delimiter=None)
+        table = np.loadtxt(path)
         if table.shape != (69, 2) or table[0].min() < 1 or not np.isfinite(table).all():
             raise ValueError(f"a table of {table.shape}")
     except (OSError, ValueError) as error:

@@ -536,6 +536,10 @@ def test_labels_are_counted(tmp_path, capsys):
     Image.fromarray(np.full((36, 40), 255, np.uint8)).save(root / "train_label/a/0.png")
     sc.check_labels(sc.find_frames(root, "train", args), args)
     assert args.labels == 4
+    args.labels = None
+    Image.fromarray(np.full((36, 40), 300, np.uint16)).save(root / "train_label/a/0.png")
+    with pytest.raises(common.UserError, match=r"0.png: holds the ids \[300\]"):
+        sc.check_labels(sc.find_frames(root, "train", args), args)
 
 
 def test_face_map_is_a_sketch_and_l1_distances():
