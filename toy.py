@@ -717,7 +717,7 @@ SEASONS = {  # ground, leaves
 LABEL_COLOURS = ((150, 190, 235), (130, 150, 150), (190, 170, 120), (100, 70, 50), (60, 120, 60),
                  (140, 180, 70), (220, 90, 60), (230, 140, 60), (240, 190, 80), (160, 60, 120),
                  (150, 50, 40), (40, 40, 60), (200, 120, 160), (255, 255, 255), (90, 40, 110),
-                 (20, 20, 20))
+                 (20, 20, 20), (0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -773,14 +773,31 @@ def clip_scene(clip, frame, style):
                     for tuft in scene.tufts))
 
 
-def clip_label(scene, size):
-    """The label map of a scene: palette picture of ids into LABELS, the same in every style."""
+def letterboxed(picture, colour):
+    """The picture with a bar of that colour above and below, as in films.
+
+    WHY: pix2pixSC normalises its input; only what always is black tells it how bright a style is.
+    """
+    w, h = picture.size
+    for top in (0, h - h // 16):
+        picture.paste(colour, (0, top, w, top + h // 16))
+    return picture
+
+
+def clip_picture(clip, frame, size, style):
+    """A frame in a Style, RGB."""
+    return letterboxed(render(clip_scene(clip, frame, style), size, style.coat), (0, 0, 0))
+
+
+def clip_label(clip, frame, size):
+    """Its label map: palette picture of ids into LABELS (bars: one more), equal in all styles."""
+    scene = clip_scene(clip, frame, clip.style)
     times = supersample(size)
     ids = np.asarray(paint(scene, size * times, "plain").label)
     label = Image.fromarray(np.ascontiguousarray(ids[times // 2::times, times // 2::times]), "L")
     label = label.convert("P")
     label.putpalette([c for colour in LABEL_COLOURS for c in colour])
-    return label
+    return letterboxed(label, len(LABELS))
 
 
 def clips(out, n=40, size=64, seed=0, n_test=8):
@@ -798,9 +815,9 @@ def clips(out, n=40, size=64, seed=0, n_test=8):
                 for kind in ("img", "label"):
                     (folder / f"{split}_{kind}" / f"{c:04d}").mkdir(parents=True)
                 for t in range(CLIP_FRAMES):
-                    scene, name = clip_scene(clip, t, clip.style), f"{c:04d}/{t:04d}.png"
-                    render(scene, size, clip.style.coat).save(folder / f"{split}_img" / name)
-                    clip_label(scene, size).save(folder / f"{split}_label" / name)
+                    name = f"{c:04d}/{t:04d}.png"
+                    clip_picture(clip, t, size, clip.style).save(folder / f"{split}_img" / name)
+                    clip_label(clip, t, size).save(folder / f"{split}_label" / name)
         rows = [(f"train_{kind}/{c:04d}", f"a clip's {what}") for c in range(min(n, 4))
                 for kind, what in (("img", "frames"), ("label", "label maps"))]
         contact_sheet(folder, rows, folder / "contact.png")
@@ -814,8 +831,7 @@ def clip_answer(folder, x, exemplar):
     stamp = json.loads((Path(folder) / STAMP).read_text())
     of_x, of_exemplar = (sample_clip(np.random.default_rng([stamp["seed"], 1, int(c)]))
                          for c in (Path(x).parts[0], Path(exemplar).parts[0]))
-    scene = clip_scene(of_x, int(Path(x).stem), of_exemplar.style)
-    return render(scene, stamp["size"], of_exemplar.style.coat)
+    return clip_picture(of_x, int(Path(x).stem), stamp["size"], of_exemplar.style)
 
 
 def clip_style_error(labels, y_hat, y):
