@@ -41,7 +41,8 @@ CHOICES      where the paper is silent, or differs from its authors' released co
              z and I are consistent in 0.3 of the samples (code). Inconsistent: another clip, or
              another group of --groups; the authors looked at each pair.
              The last layer is convolution and tanh (code), not ReLU.
-             A shift of all of I by one colour is invisible to G: its first layer is normalised.
+             G's first layer is normalised: a shift of all of I by one colour is invisible to it,
+             unless something is the same in every style (the toy clips have black bars).
 
 USAGE        python pix2pixsc.py                                  # toy world, a score at the end
              python pix2pixsc.py --data mydata [--groups FILE]    # {train,test}_{img,label}
@@ -973,12 +974,17 @@ def translate_files(args):
             raise UserError(f"--out {out}: {target} would be overwritten, choose another folder")
         y_hat = translate(G, *(encode(v[None].to(device), args) for v in (x, F_I)),
                           I[None].to(device), args)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            common.to_pil(y_hat[0]).save(target)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot write there ({error})") from None
+        save_picture(y_hat[0], target)
     print(f"{len(files)} translated: {target if len(files) == 1 else out}")
+
+
+def save_picture(picture, target):
+    """Write a picture (3, H, W) in [-1, 1] as PNG, making its folder; `UserError` if it cannot."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        common.to_pil(picture).save(target)
+    except OSError as error:
+        raise UserError(f"--out {target.parent}: cannot write there ({error})") from None
 
 
 def evaluate(args):
@@ -989,9 +995,8 @@ def evaluate(args):
     test = Tests(root, args, device)
     y_hat, names = test.translated(G), [f"{i:05d}" for i in range(len(test.pairs))]
     out = Path(args.out or "evaluated")
-    out.mkdir(parents=True, exist_ok=True)
     for name, y in zip(names, y_hat, strict=True):
-        common.to_pil(y).save(out / f"{name}.png")
+        save_picture(y, out / f"{name}.png")
     scores = truth_scores(test, y_hat, root) if args.data == "toy" else []
     if args.label_kind == "ids":
         scores += label_scores(test, y_hat, find_frames(root, "train", args))
@@ -1017,6 +1022,8 @@ def predicted_scores(test, paths):
             [f.with_suffix(".txt") for f in paths], [x.label for x, _ in test.pairs]))
         return [{"name": "label endpoint error", "value": endpoint_error(found, truth),
                  "better": "lower"}]
+    if args.label_kind == "picture":
+        raise UserError("--predicted: drawings (--label-kind picture) have no label error")
     found = torch.stack([read_label(f.with_suffix(".png"), args, test.size)[0] for f in paths])
     names = ("per-pixel accuracy", "per-class accuracy", "class IoU")
     values = accuracies(found, test.labels()[:, 0], args.labels, args.unlabelled)
@@ -1027,7 +1034,7 @@ def predicted_scores(test, paths):
 def ablation(args, argv):
     """Tab. 4: train all of ABLATIONS with the same seed; ablation.md and ablation.png."""
     out, rows, columns = Path(args.run_folder), {}, {}
-    flags = [f for f in argv if f not in ("--ablation", "all", "--ablation=all")]
+    flags = re.sub(r"\0--ablation[\0=]all", "", "\0".join(["", *argv])).split("\0")[1:]
     for name in ABLATIONS:
         print(f"---- {'the whole method' if name == 'none' else f'without {name}'}", flush=True)
         variant = get_args([*flags, "--ablation", name, "--out", str(out / name)])
