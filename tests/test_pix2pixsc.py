@@ -926,3 +926,40 @@ def test_toy_style_error_against_loops():
                               for u, v in zip(one, other, strict=True)) / 3 * 127.5)
     assert toy.clip_style_error(labels, a, b) == pytest.approx(np.mean(errors))
     assert toy.clip_style_error(labels, b, b) == 0
+
+
+# ---- learning -------------------------------------------------------------------------------
+
+
+def test_learns_to_paint_new_layouts_in_the_exemplars_colours(tmp_path):
+    """Two flat colours per clip, rectangles that move, black bars. Where x and F(I) differ, G is
+    nearer to the truth than the exemplar is, and than the mean picture."""
+    rng = np.random.default_rng(0)
+    styles = np.concatenate([rng.integers(20, 236, (12, 2, 3)), np.zeros((12, 1, 3), int)], 1)
+    for split, clip, frame in itertools.product(("train", "test"), range(12), range(6)):
+        ids = np.zeros((32, 32), np.uint8)
+        for row, column in rng.integers(0, 20, (2, 2)):
+            ids[row:row + 12, column:column + 12] = 1
+        ids[:3] = ids[-3:] = 2
+        for kind, values in (("img", styles[clip][ids].astype(np.uint8)), ("label", ids)):
+            path = tmp_path / f"{split}_{kind}/{clip}/{frame}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(path)
+    args = sc.get_args([
+        "--data", str(tmp_path), "--labels", "3", "--size", "32", "--ngf", "8", "--ndf", "8",
+        "--downs", "2", "--blocks", "2", "--batch", "4", "--lr", "3e-3", "--vgg", "random",
+        "--vgg-layers", "1", "--lambda-2", "100", "--same-style", "0.7", "--steps", "200",
+        "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
+    G = sc.train(args)
+    test = sc.Tests(tmp_path, args, CPU)
+    x = test.labels()[:, 0]
+    F_I = torch.stack([sc.read_label(f.label, args, (32, 32))[0] for _, f in test.pairs])
+    truth = torch.stack([torch.from_numpy(styles[int(f.clip)][label.numpy()]).permute(2, 0, 1)
+                         for label, (_, f) in zip(x, test.pairs, strict=True)]) / 127.5 - 1
+    differs = (x != F_I)[:, None].expand_as(truth)
+
+    def error(answer):
+        return (answer - truth)[differs].abs().mean().item()
+
+    best = min(error(test.images(1)), error(truth.mean(0, keepdim=True).expand_as(truth)))
+    assert error(test.translated(G)) < 0.93 * best
