@@ -602,10 +602,9 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
     # ---- forward ------------------------------------------------------------------------------
     with autocast():
         y_hat = common.full(G(x, F_I, I))
-    # WHY a leaf: no discriminator loss can reach G, each loss of G ends here with its gradient, and
+    # WHY a leaf: no discriminator loss can reach G; each loss of G leaves its gradient here, and
     # its graph is freed before the next one is built. The last part hands the sum on to G.
     fake = y_hat.detach().requires_grad_()
-    grads = []
 
     # ---- D_R: (x, z) towards 1, (x, y_hat) towards 0 --------------------------------------------
     # Each discriminator looks at each picture once; its logits serve G's loss, then its own. No
@@ -616,7 +615,7 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
     if args.lambda_FM > 0:
         losses["FM"] = feature_matching([f[:B] for f in maps], [f[B:] for f in maps])
         L_G = L_G + args.lambda_FM * losses["FM"]                           # Eq. (1)
-    grads += torch.autograd.grad(L_G, fake, retain_graph=True)
+    torch.autograd.backward(L_G, inputs=[fake], retain_graph=True)
     losses["D_R"] = 0.5 * (common.lsgan(logits[:B], False)                  # Eq. (4), D_R's side;
                            + common.lsgan(logits[B:], True))                # so reads Eq. (2)
     update(losses["D_R"], D_R, m.opt_D_R, average)
@@ -628,8 +627,8 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
         of_fake, of_S, of_N = logits.split(B)
         losses["SCAdv"] = common.lsgan(of_fake, True)                       # Eq. (5), G's side
         if style > 0:
-            grads += torch.autograd.grad(style * args.lambda_1 * losses["SCAdv"], fake,
-                                         retain_graph=True)
+            torch.autograd.backward(style * args.lambda_1 * losses["SCAdv"], inputs=[fake],
+                                    retain_graph=True)
         losses["D_SC"] = style_consistency(of_S, of_N, of_fake)             # Eq. (5), D_SC's side
         update(losses["D_SC"], D_SC, m.opt_D_SC, average)
 
@@ -641,11 +640,11 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
 
         with autocast():
             losses["SC"] = adaptive_semantic(V(scaled(fake)), V(scaled(z)), consistent, args)
-        grads += torch.autograd.grad(args.lambda_2 * losses["SC"], fake)
+        torch.autograd.backward(args.lambda_2 * losses["SC"], inputs=[fake])
 
     # ---- G --------------------------------------------------------------------------------------
     m.opt_G.zero_grad(set_to_none=True)
-    y_hat.backward(sum(grads))                                              # Eq. (7)
+    y_hat.backward(fake.grad)                                               # Eq. (7)
     average(G)
     m.opt_G.step()                                                          # Eq. (8)
     return {name: loss.detach() for name, loss in losses.items()}

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import pix2pixsc as sc
@@ -271,8 +272,8 @@ def test_step_is_the_gradient_of_the_objective(flags, style, float64):
     if args.lambda_2:
         content = sc.adaptive_semantic(m.V(y_hat), m.V(z), consistent, args)
         L_G = L_G + args.lambda_2 * content
-        assert float(losses["SC"]) == pytest.approx(float(content), rel=1e-9)
-    assert float(losses["D_R"]) == pytest.approx(float(L_R), rel=1e-9)
+        assert losses["SC"].item() == pytest.approx(content.item(), rel=1e-9)
+    assert losses["D_R"].item() == pytest.approx(L_R.item(), rel=1e-9)
     checks = [(m.G, L_G), (m.D_R, L_R)] + ([(m.D_SC, L_SC)] if args.lambda_1 else [])
     for net, loss in checks:
         grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
@@ -358,6 +359,20 @@ def test_variants_train(flags):
         assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
     after = [p for net in (m.G, m.D_R, m.D_SC) for p in net.parameters()]
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_operations_can_be_counted():
+    """bench.py counts them; and weightless terms cost nothing."""
+    counts = {}
+    for flags, style in (([], 1.0), ([], 0.0), (["--lambda-1", "0"], 1.0),
+                         (["--lambda-2", "0"], 1.0)):
+        args = tiny_args(*flags)
+        m, batch = sc.build(args, CPU), batch_of(args)
+        with FlopCounterMode(display=False) as counter:
+            sc.train_step(m, *batch, args, None, style=style)
+        counts[(*flags, style)] = counter.get_total_flops()
+    assert counts["--lambda-1", "0", 1.0] < counts[0.0,] < counts[1.0,]
+    assert counts["--lambda-2", "0", 1.0] < counts[1.0,] / 2
 
 
 # ---- pairs ----------------------------------------------------------------------------------
