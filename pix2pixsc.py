@@ -601,6 +601,7 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
     x, F_I = encode(x, args), encode(F_I, args)
 
     # ---- forward ------------------------------------------------------------------------------
+    m.opt_G.zero_grad(set_to_none=True)  # WHY here: D's and VGG's maps take the place of G's grads
     with autocast():
         y_hat = common.full(G(x, F_I, I))
     # WHY a leaf: no discriminator loss can reach G; each loss of G leaves its gradient here, and
@@ -644,7 +645,6 @@ def train_step(m, x, z, F_I, I, y_S, y_N, consistent, args, rng,
         torch.autograd.backward(args.lambda_2 * losses["SC"], inputs=[fake])
 
     # ---- G --------------------------------------------------------------------------------------
-    m.opt_G.zero_grad(set_to_none=True)
     y_hat.backward(fake.grad)                                               # Eq. (7)
     average(G)
     m.opt_G.step()                                                          # Eq. (8)
