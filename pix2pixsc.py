@@ -825,6 +825,7 @@ def train_parser(frames, args, size, device, steps=300, batch=4):
         torch.manual_seed(0)
         net = SceneParser(args.labels).to(device)
     adam, rng = torch.optim.Adam(net.parameters(), lr=2e-3), random.Random(0)
+    unlabelled = -1 if args.unlabelled is None else args.unlabelled
     for step in range(steps):
         adam.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         chosen = [rng.choice(frames) for _ in range(batch)]
@@ -833,7 +834,7 @@ def train_parser(frames, args, size, device, steps=300, batch=4):
         if rng.random() < 0.5:
             images, labels = images.flip(3), labels.flip(2)
         adam.zero_grad(set_to_none=True)
-        F.cross_entropy(net(images), labels.long()).backward()
+        F.cross_entropy(net(images), labels.long(), ignore_index=unlabelled).backward()
         adam.step()
     return net.eval()
 
