@@ -35,6 +35,8 @@ ROWS = {
                  ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
     "spade": [("SPADE, 35 labels, no VGG", ["--labels", "35", "--lambda-vgg", "0"]),
               ("SPADE, 35 labels", ["--labels", "35", "--vgg", "random"])],
+    "pix2pixsc": [("pix2pixSC", ["--labels", "35", "--vgg", "random"]),
+                  ("pix2pixSC without VGG", ["--labels", "35", "--lambda-2", "0"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 
