@@ -30,6 +30,7 @@ ROWS = {
             ("SinCUT, 16 crops of 128", ["--mode", "sincut", "--size", "128"])],
     "cyclegan": [("CycleGAN", []),
                  ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
+    "segin": [("SEGIN", ["--vgg", "random"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 
