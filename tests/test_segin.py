@@ -855,7 +855,8 @@ def test_sketches_layout_and_determinism(drawn, tmp_path):
     kinds = {"train": ("sketch", "img", "mask"), "test": ("sketch", "img", "mask", "truth", "part")}
     for split, names in kinds.items():
         for kind in names:
-            assert len(list((drawn / f"{split}_{kind}").iterdir())) == (5 if split == "train" else 4)
+            files = sorted(f.name for f in (drawn / f"{split}_{kind}").iterdir())
+            assert files == [f"{i:04d}.png" for i in range(5 if split == "train" else 4)]
     toy.sketches(tmp_path / "few", n=1, size=32, n_test=4)
     for name in ("train_img/0000.png", "test_truth/0003.png"):
         assert (tmp_path / "few" / name).read_bytes() == (drawn / name).read_bytes()
