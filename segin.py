@@ -44,7 +44,7 @@ CHOICES      No code was released; where the text is silent or contradicts itsel
              Weights: the text says w4 twice (100 and 1) and w3 never: w3 = 1, w4 = 100, as GAN 1
              against L1 100 is pix2pix's. w2 = 5e-6 is for a sum over the feature map; Eq. (8) and
              all other norms are means, and N takes the non-saturating form of Eq. (7).
-             Adam's decays are pix2pix's; D learns first; the rate is constant; no augmentation.
+             Adam's decays are pix2pix's; D learns first; rates are constant; no augmentation.
 
 USAGE        python segin.py                                   # toy world, a score at the end
              python segin.py --data edges2shoes                # train/ val/ of side-by-side pairs
@@ -81,9 +81,9 @@ ABLATIONS = {  # Tab. II: name -> what is changed
     "none": {}, "gan": {"w3": 0.0}, "recon": {"w1": 0.0}, "F": {"w2": 0.0}, "tv": {"w6": 0.0},
     "nonlocal": {"non_local": False}, "multitask": {"multitask": False},
 }
-TOY = {"size": 64, "batch": 4, "steps": 1200, "lr": 1e-3, "lr_D": 2e-4, "ngf": 16, "ndf": 32,
-       "downs": 2, "vgg": "random", "match_layer": "relu3_1", "match_k": 5, "match_on": "edges",
-       "w2": 8e-5, "workers": 0, "sample_every": 400}
+TOY = {"size": 64, "batch": 4, "steps": 1000, "lr": 1e-3, "lr_D": 2e-4, "decay_from": 0.5,
+       "ngf": 16, "ndf": 32, "downs": 2, "vgg": "random", "match_layer": "relu3_1", "match_k": 5,
+       "match_on": "edges", "w2": 8e-5, "workers": 0, "sample_every": 250}
 
 
 def get_args(argv=None):
@@ -99,6 +99,7 @@ def get_args(argv=None):
     add("--epochs", type=int, default=20, help="passes over the pairs (Sec. IV; small sets 12)")
     add("--steps", type=int, default=None, help="updates in all; overrides --epochs")
     add("--lr", type=float, default=2e-4, help="Adam's rate for N (Sec. IV)")
+    add("--decay-from", type=float, default=1.0, help="fraction of the run with constant rates")
     add("--lr-D", type=float, default=1.3e-5, help="Adam's rate for D (Sec. IV)")
     add("--beta1", type=float, default=0.5, help="Adam's first decay (the text is silent)")
     add("--ngf", type=int, default=64, help="width of N's first block (the text is silent)")
@@ -140,7 +141,8 @@ def get_args(argv=None):
         raise UserError(f"--match-k {args.match_k}: must be odd, so that a patch has a middle")
     if args.match_chunk < 1:
         raise UserError(f"--match-chunk {args.match_chunk}: must be at least 1")
-    for flag, value in (("corrupt", args.corrupt), ("corrupt-share", args.corrupt_share)):
+    for flag, value in (("corrupt", args.corrupt), ("corrupt-share", args.corrupt_share),
+                        ("decay-from", args.decay_from)):
         if not 0 <= value <= 1:
             raise UserError(f"--{flag} {value}: must lie between 0 and 1")
     if args.corrupt_reach < 0:
@@ -596,6 +598,12 @@ def train_step(m, x, y, y_seg, W, args, rng=None, average=lambda *nets: None):
 # =============================================================================================
 
 
+def rate(step, total, decay_from):  # same as cut.py: rate
+    """Learning-rate factor: 1, then linearly towards 0 over the rest of the run."""
+    constant = int(decay_from * total)
+    return 1.0 if step < constant else (total - step) / (total - constant + 1)
+
+
 def data_folder(args):
     return common.find_data(args.data, LAYOUT, lambda: toy.ensure("sketches", args.size))
 
@@ -618,6 +626,8 @@ def train(args):
     for step, (x, y, y_seg, pairs, seeds) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(m, show, args))
+        for optimiser, lr in ((m.opt_N, args.lr), (m.opt_D, args.lr_D)):
+            optimiser.param_groups[0]["lr"] = lr * rate(step, total, args.decay_from)
         W = spoilt(x, y, pairs, seeds)
         run.log(train_step(m, x, y, y_seg, W, args, run.rng(), run.average_gradients))
     columns = sample_columns(m, show, args)
