@@ -916,12 +916,11 @@ def test_sketch_scores_of_known_answers(tmp_path):
 
 
 def test_learns_the_toy_world(tmp_path, monkeypatch):
-    """Some dozens of steps already beat the patchwork W and every trivial answer."""
-    monkeypatch.chdir(tmp_path)
+    """150 steps repair the patchwork W and beat every trivial answer by a wide margin."""
     toy.sketches(tmp_path / "toy", n=60, size=32, n_test=8)
     monkeypatch.setattr(segin, "data_folder", lambda args: tmp_path / "toy")
-    run("--size", 32, "--steps", 60, "--device", "cpu", "--ngf", 8, "--match-layer", "relu2_1",
-        "--w2", 0, "--out", tmp_path / "run")
+    run("--size", 32, "--steps", 150, "--device", "cpu", "--ngf", 12, "--ndf", 8, "--lr", 2e-3,
+        "--match-layer", "relu2_1", "--w2", 0, "--out", tmp_path / "run")
     scores = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     error = next(s for s in scores if s["name"] == "picture error")
-    assert error["value"] < 0.9 * min(error["trivial"].values())
+    assert error["value"] < 0.7 * min(error["trivial"].values())
