@@ -730,7 +730,7 @@ def truth_scores(m, root, args, device):
                         for f in names]).round()
     x, y, r, truth = (t.to(device) for t in (test["x"], test["y"], test["r"], truth))
     y_hat, W = translate_all(m, x, r, args)
-    scores = toy.sketch_scores(*(t.cpu() for t in (x, y_hat, truth, part, W)))
+    scores = toy.sketch_scores(*(t.cpu() for t in (x, y_hat, truth, part, r, W)))
     far = functools.partial(feature_distance, scoring_vgg(args, device))
     scores.append({"name": "distance to the truth in VGG features", "better": "lower",
                    "value": far(y_hat, truth), "trivial": {"W itself": far(W, truth)}})

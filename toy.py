@@ -804,21 +804,21 @@ def sketches(out, n=400, size=64, seed=0, n_test=40):
                       folder / "contact.png")
 
 
-def sketch_scores(x, y_hat, truth, part, W):
-    """Scores of translations y_hat of sketches x against their true answers.
+def sketch_scores(x, y_hat, truth, part, r, W):
+    """Scores of translations y_hat of sketches x, with references r, against their true answers.
 
-    x, y_hat, truth, W: float arrays (N, 3, H, W) in [-1, 1], W the auxiliary pictures; part
-    (N, H, W) as `paint_sketch` makes it. A part's colour is its mean over at least four pixels.
+    All are float arrays (N, 3, H, W) in [-1, 1], W a patchwork of r (its auxiliary picture), but
+    part (N, H, W), which is `paint_sketch`'s. A part's colour is its mean over at least four pixels.
     "part colour error": its distance to the truth's, in grey levels. "parts right": the share of
     parts whose colour is nearer to the truth's colour of this part than to that of any other part.
-    Returns [{"name", "value", "better", "trivial"}]; the trivial answers are W itself, the sketch
-    tinted in its true overall colour, which no purely global control can beat, and in the mean
+    Returns [{"name", "value", "better", "trivial"}]; the trivial answers are r and W themselves,
+    the sketch tinted in its truth's overall colour (global control at its best), and in the mean
     colour of all truths.
     """
-    x, y_hat, truth, W = (np.asarray(a, dtype=np.float64) for a in (x, y_hat, truth, W))
+    x, y_hat, truth, r, W = (np.asarray(a, dtype=np.float64) for a in (x, y_hat, truth, r, W))
     inside = np.asarray(part) > 0
     each = np.stack([t[:, m].mean(axis=1) for t, m in zip(truth, inside, strict=True)])
-    answers = {"W itself": W}
+    answers = {"W itself": W, "copy the reference": r}
     for answer, colour in (("one colour per picture", each), ("mean colour", each.mean(axis=0))):
         flat = np.broadcast_to(np.asarray(colour).reshape(-1, 3, 1, 1), x.shape)
         answers[answer] = np.where(inside[:, None], flat, x)
