@@ -808,9 +808,9 @@ def sketch_scores(x, y_hat, truth, part, r, W):
     """Scores of translations y_hat of sketches x, with references r, against their true answers.
 
     All are float arrays (N, 3, H, W) in [-1, 1], W a patchwork of r (its auxiliary picture), but
-    part (N, H, W), which is `paint_sketch`'s. A part's colour is its mean over at least four pixels.
+    part (N, H, W), which is `paint_sketch`'s. A part's colour is its mean over four or more pixels.
     "part colour error": its distance to the truth's, in grey levels. "parts right": the share of
-    parts whose colour is nearer to the truth's colour of this part than to that of any other part.
+    parts whose colour is nearer to the truth's colour of this part than to any other part's.
     Returns [{"name", "value", "better", "trivial"}]; the trivial answers are r and W themselves,
     the sketch tinted in its truth's overall colour (global control at its best), and in the mean
     colour of all truths.
