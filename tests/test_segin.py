@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from helpers import assert_same, error_of, interrupted, odd_pictures
 from PIL import Image
 
@@ -787,6 +788,17 @@ def test_feature_distance_is_lpips_without_weights():
                     total += float((u / u.norm() - v / v.norm()).square().sum()) / places / 2
     assert segin.feature_distance(vgg, a, b) == pytest.approx(total, rel=1e-4)
     assert segin.feature_distance(vgg, a, a) == 0
+
+
+def test_lpips_is_the_papers_metric_given_alexnets_weights(monkeypatch):
+    state = torchvision.models.alexnet(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict",
+                        lambda *_, **__: state)
+    distance = segin.perceptual(tiny_args(), CPU)
+    a, b = (noise(1, 3, 64, 64, seed=i).float().clamp(-1, 1) for i in (0, 1))
+    first = distance(a, b)
+    assert first > 0 and distance(a, a) == pytest.approx(0, abs=1e-7)
+    assert distance(a, b) == pytest.approx(first)  # each call alone, no running mean
 
 
 def test_evaluate_on_toy_data_repeats_the_runs_scores(drawn, tmp_path, monkeypatch, capsys):
