@@ -759,7 +759,7 @@ def paint_sketch(animal, colours, size):
     lines[:, 1:] |= np.diff(number, axis=1) != 0
     lines[1:] |= np.diff(number, axis=0) != 0
     thick = Image.fromarray(lines).convert("L").filter(ImageFilter.MaxFilter(2 * (times // 2) + 1))
-    light = canvas.light.point([150 + int(0.412 * v) for v in range(256)])
+    light = canvas.light.point([150 + int(0.412 * v) for v in range(256)])  # soft: 150 ... 255
     photo = ImageChops.multiply(canvas.colour, Image.merge("RGB", [light] * 3))
     photo.paste("white", mask=part.point(lambda v: 255 * (v == 0)))
     photo.paste(BLACK, mask=thick)
