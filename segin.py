@@ -51,7 +51,10 @@ USAGE        python segin.py                                   # toy world, a sc
              python segin.py --translate sketch.png --exemplar photo.jpg --weights FILE
              python segin.py --figure match                    # Fig. 3: what matched what
              python segin.py --ablation all                    # Tab. II
-EXPECT       TODO
+EXPECT       python segin.py: 3.5 minutes of one CPU core; 82 % of the parts get the colour of
+             their part in r (W 75 %, r itself 57 %, one colour for all 17 %); part colour error
+             about 19 grey levels (W 24, r 35, one colour 47). The toy world's VGG is random, so
+             that its match needs --match-on edges; how W looks without it: --figure match.
 """
 
 import argparse
@@ -81,7 +84,7 @@ ABLATIONS = {  # Tab. II: name -> what is changed
     "none": {}, "gan": {"w3": 0.0}, "recon": {"w1": 0.0}, "F": {"w2": 0.0}, "tv": {"w6": 0.0},
     "nonlocal": {"non_local": False}, "multitask": {"multitask": False},
 }
-TOY = {"size": 64, "batch": 4, "steps": 1000, "lr": 1e-3, "lr_D": 2e-4, "decay_from": 0.5,
+TOY = {"size": 64, "batch": 4, "steps": 500, "lr": 1e-3, "lr_D": 2e-4,
        "ngf": 16, "ndf": 32, "downs": 2, "vgg": "random", "match_layer": "relu3_1", "match_k": 5,
        "match_on": "edges", "w2": 8e-5, "workers": 0, "sample_every": 250}
 
