@@ -37,6 +37,7 @@ ROWS = {
               ("SPADE, 35 labels", ["--labels", "35", "--vgg", "random"])],
     "pix2pixsc": [("pix2pixSC", ["--labels", "35", "--vgg", "random"]),
                   ("pix2pixSC without VGG", ["--labels", "35", "--lambda-2", "0"])],
+    "segin": [("SEGIN", ["--vgg", "random"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

@@ -25,6 +25,9 @@ DATA SETS (in the layout of the real one of the same name)
                         shows every test layout in every style.
     clips               {train,test}_{img,label}/CLIP/FRAME.png: short clips with label maps (ids
                         into LABELS). A clip has one style (hour, season, coat); its frames move.
+    sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
+                        background. Each part has its own colour. test_truth: the test sketch in
+                        the colours of the next test picture, part by part; test_part: the parts.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -33,6 +36,7 @@ USAGE
     a, b = (toy.render(scene, 64, coat) for coat in ("plain", "zebra"))
 """
 import argparse
+import colorsys
 import json
 import math
 import os
@@ -544,8 +548,9 @@ def coat_mask(scene, size):
 # 4. Data sets on disk ----------------------------------------------------------------------------
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
-OURS = re.compile(r"((train|test)[AB]|(train|test|source|target)_(img|label|inst)(/\d{4,})?"
-                  r"|test_styles/[a-z]+)/\d{4,}\.png|contact\.png|toy\.json")
+KINDS = "[AB]|_(img|label|inst|sketch|mask|truth|part)"
+OURS = re.compile(rf"((train|test|source|target)({KINDS})(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
+                  r"\.png|contact\.png|toy\.json")
 
 
 def describe(name, n, size, seed):
@@ -1102,10 +1107,149 @@ def clip_style_error(labels, y_hat, y):
     return float(np.mean(errors)) * 127.5
 
 
+# ---- sketches: animals whose parts have colours of their own ------------------------------------
+
+SKETCH_PARTS = ("body", "cloth", "neck", "head", "legs", "hair")
+SKETCH_PART = {"leg": "legs", "hoof": "legs", "ear": "head", "muzzle": "head", "eye": "head",
+               "mane": "hair", "tail": "hair"}  # names of animal_parts that count as another's
+
+
+def sample_sketch(rng):
+    """A random animal that looks right, like all others (as all shoes of edges2shoes look left),
+    and a colour for each of SKETCH_PARTS, no two of them alike: (Animal, (6, 3) array)."""
+    unit = rng.uniform(0.48, 0.55)
+    animal = Animal(x=0.02 + 0.7 * unit + rng.uniform(0, 0.05), y=rng.uniform(0.83, 0.95),
+                    unit=unit, facing=1, graze=rng.uniform(0, 0.3), plain=WHITE,
+                    phase=rng.uniform(0, 2 * math.pi), stride=rng.uniform(0.02, 0.13))
+    apart = 0
+    while apart < 75:  # grey levels, between the two most similar parts
+        colours = [colorsys.hsv_to_rgb(h, s, v) for h, s, v in rng.uniform(
+            (0, 0.25, 0.55), (1, 0.85, 1), (len(SKETCH_PARTS), 3))]
+        colours = np.array(colours) * 255
+        gaps = np.linalg.norm(colours[:, None] - colours, axis=2)
+        apart = gaps[np.triu_indices(len(colours), 1)].min()
+    return animal, colours
+
+
+def paint_sketch(animal, colours, size):
+    """(sketch, photo, part): two RGB pictures and an array (size, size) of 1 + the index into
+    SKETCH_PARTS, 0 for the background and for every pixel that an outline or two parts share."""
+    times, fine = supersample(size), 8
+    canvas, piece = Canvas(size * times), Image.new("L", (size * times,) * 2)
+    part, lines = piece.copy(), np.zeros((size * times,) * 2, dtype=bool)
+    pieces = []
+    for p in animal_parts(animal):
+        name = SKETCH_PART.get(p.label, p.label)
+        if p.label != "eye":
+            pieces.append((name, p.tube.strips(p.root, fine), 0.45 if p.far else 1))
+        if name == "body":  # the cloth lies on its back; v = 1 is the spine
+            s, v = np.linspace(0.34, 0.62, 9) * p.tube.length, np.linspace(-0.3, 1.04, fine + 1)
+            grid = p.tube.at(s[:, None], v)
+            pieces.append(("cloth", [np.concatenate([grid[:, k], grid[::-1, -1]])
+                                     for k in range(fine)], 1))
+    for number, (name, strips, near) in enumerate(pieces, start=1):
+        outline = place(animal, strips[0])
+        xy, index = (outline * canvas.size).ravel().tolist(), SKETCH_PARTS.index(name)
+        for sheet, value in ((piece, number), (part, index + 1)):
+            ImageDraw.Draw(sheet).polygon(xy, fill=value)
+        for k, strip in enumerate(strips):  # darker below
+            canvas.polygon(place(animal, strip), colours[index], near * (0.45 + 0.55 * k / fine))
+    number = np.asarray(piece).astype(int)
+    lines[:, 1:] |= np.diff(number, axis=1) != 0
+    lines[1:] |= np.diff(number, axis=0) != 0
+    thick = Image.fromarray(lines).convert("L").filter(ImageFilter.MaxFilter(2 * (times // 2) + 1))
+    light = canvas.light.point([150 + int(0.412 * v) for v in range(256)])  # soft: 150 ... 255
+    photo = ImageChops.multiply(canvas.colour, Image.merge("RGB", [light] * 3))
+    photo.paste("white", mask=part.point(lambda v: 255 * (v == 0)))
+    photo.paste(BLACK, mask=thick)
+    sketch = ImageChops.invert(thick).convert("RGB")
+    blocks = np.where(np.asarray(thick) > 0, 0, np.asarray(part)).reshape(size, times, size, times)
+    pure = blocks.min(axis=(1, 3)) == blocks.max(axis=(1, 3))
+    return sketch.reduce(times), photo.reduce(times), np.where(pure, blocks[:, 0, :, 0], 0)
+
+
+def sketches(out, n=400, size=64, seed=0, n_test=40):
+    """Draw the pairs sketch / coloured animal into the folder `out`, like `horse2zebra`.
+
+    train_* have `n`, test_* `n_test` pictures: sketch, img, mask (255 is the animal). For scoring,
+    test_truth/0007.png shows the animal of test_sketch/0007.png, each part in the colour it has in
+    test_img/0008.png (the last takes the first's), and test_part the parts of `paint_sketch`.
+    """
+    if n_test < 2:
+        raise ValueError(f"n_test is {n_test}, expected at least 2")
+
+    def figure(stream, i):
+        return sample_sketch(np.random.default_rng([seed, stream, i]))
+
+    with published(out, describe("sketches", n, size, seed)) as folder:
+        for sub in ("train_sketch", "train_img", "train_mask", "test_sketch", "test_img",
+                    "test_mask", "test_truth", "test_part"):
+            (folder / sub).mkdir()
+        for split, stream, count in (("train", 6, n), ("test", 7, n_test)):
+            for i in range(count):
+                animal, colours = figure(stream, i)
+                x, y, part = paint_sketch(animal, colours, size)
+                inside = (np.asarray(y) < 250).any(axis=2)
+                files = {"sketch": x, "img": y, "mask": Image.fromarray(inside).convert("L")}
+                if split == "test":
+                    other = figure(stream, (i + 1) % n_test)[1]
+                    files |= {"truth": paint_sketch(animal, other, size)[1],
+                              "part": Image.fromarray(part.astype(np.uint8))}
+                for kind, picture in files.items():
+                    picture.save(folder / f"{split}_{kind}" / f"{i:04d}.png")
+        contact_sheet(folder, [("train_sketch", "inputs"), ("train_img", "their photos"),
+                               ("test_sketch", "inputs"), ("test_img", "their own photos"),
+                               ("test_truth", "in the colours of the next one's parts")],
+                      folder / "contact.png")
+
+
+def sketch_scores(x, y_hat, truth, part, r, W):
+    """Scores of translations y_hat of sketches x, with references r, against their true answers.
+
+    All are float arrays (N, 3, H, W) in [-1, 1], W a patchwork of r (its auxiliary picture), but
+    part (N, H, W), which is `paint_sketch`'s. A part's colour is its mean over four or more pixels.
+    "part colour error": its distance to the truth's, in grey levels. "parts right": the share of
+    parts whose colour is nearer to the truth's colour of this part than to any other part's.
+    Returns [{"name", "value", "better", "trivial"}]; the trivial answers are r and W themselves,
+    the sketch tinted in its truth's overall colour (global control at its best), and in the mean
+    colour of all truths.
+    """
+    x, y_hat, truth, r, W = (np.asarray(a, dtype=np.float64) for a in (x, y_hat, truth, r, W))
+    inside = np.asarray(part) > 0
+    each = np.stack([t[:, m].mean(axis=1) for t, m in zip(truth, inside, strict=True)])
+    answers = {"W itself": W, "copy the reference": r}
+    for answer, colour in (("one colour per picture", each), ("mean colour", each.mean(axis=0))):
+        flat = np.broadcast_to(np.asarray(colour).reshape(-1, 3, 1, 1), x.shape)
+        answers[answer] = np.where(inside[:, None], flat, x)
+
+    def parts(a):
+        error, right = [], []
+        for picture, true, where in zip(a, truth, part, strict=True):
+            masks = [where == k for k in range(1, len(SKETCH_PARTS) + 1)]
+            masks = [m for m in masks if m.sum() >= 4]
+            found, want = (np.stack([p[:, m].mean(axis=1) for m in masks])
+                           for p in (picture, true))
+            gaps = np.abs(found[:, None] - want).mean(axis=2)  # [part of a, part of truth]
+            error += gaps.diagonal().tolist()
+            right += (gaps.argmin(axis=1) == np.arange(len(gaps))).tolist()
+        return np.mean(error) * 127.5, np.mean(right)
+
+    def whole(a):
+        return np.abs(a - truth).mean() * 127.5
+
+    return [{"name": name, "value": float(score(y_hat)), "better": better,
+             "trivial": {answer: float(score(a)) for answer, a in answers.items()}}
+            for name, better, score in (
+                ("part colour error", "lower", lambda a: parts(a)[0]),
+                ("parts right", "higher", lambda a: parts(a)[1]),
+                ("picture error", "lower", whole))]
+
+
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
-            "synthetic2real": synthetic2real, "scenes": scenes, "clips": clips}
+            "synthetic2real": synthetic2real, "scenes": scenes, "clips": clips,
+            "sketches": sketches}
 DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600,
-             "clips": 40}
+             "clips": 40, "sketches": 400}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
