@@ -593,8 +593,9 @@ def outlines_of(thing):
 def village_boxes(scene, things, size):
     """The objects as [{"box": [x0, y0, x1, y1], "label"}], whole pixels, clipped to the picture."""
     found = [(t.kind, np.concatenate([points for points, *_ in outlines_of(t)])) for t in things]
-    found += [("animal", np.concatenate([place(a, part.tube.outline()) for part in animal_parts(a)]))
-              for a in scene.animals]
+    found += [("animal", np.concatenate([place(animal, part.tube.outline())
+                                         for part in animal_parts(animal)]))
+              for animal in scene.animals]
     boxes = []
     for label, points in found:
         low, high = (points.clip(0, 1) * size).min(0), (points.clip(0, 1) * size).max(0)
