@@ -30,6 +30,9 @@ ROWS = {
             ("SinCUT, 16 crops of 128", ["--mode", "sincut", "--size", "128"])],
     "cyclegan": [("CycleGAN", []),
                  ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
+    "init": [("MUNIT without X-Y-X cycle", ["--method", "munit", "--lambda-cyc", "0"]),
+             ("MUNIT", ["--method", "munit"]), ("INIT, 2 crops of 120", []),
+             ("INIT, 2 crops of 128", ["--object-size", "128"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

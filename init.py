@@ -542,7 +542,7 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
     # so the maps of one half are freed before the other half makes its own.
     for S, T in ((X, Y), (Y, X)):
         with autocast():
-            z = torch.randn_like(S.s_g, dtype=torch.float32)
+            z = torch.randn_like(S.s_g)
             views = {"g": reconstruct(S.x, S.s_g, z, S.G, T.G)}
             if len(S.o):  # Fig. 3: a crop's style comes from the picture paired with its own
                 sigma = torch.stack([associate("object", T.banks[i], rng) for i in S.owner])
@@ -555,7 +555,7 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
                 with autocast():
                     L = discriminator_loss(D, views[k].translated.detach(), real)
                 L.backward()
-                losses[f"D_{k}"] += L.detach()
+                losses[f"D_{k}"] = losses[f"D_{k}"] + L.detach()
         judges = [T.D] if T.D_o in (T.D, None) else [T.D, T.D_o]
         for p in (p for D in judges for p in D.parameters() if p.grad is None):
             p.grad = torch.zeros_like(p)  # no crops here, but perhaps in another process
@@ -582,7 +582,7 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
             D.requires_grad_(True)
         for part in terms:
             for name, term in part.items():
-                losses[name] += term.detach()
+                losses[name] = losses[name] + term.detach()
     average(m.G_X, m.G_Y)
     m.opt_G.step()
     return losses
