@@ -291,7 +291,7 @@ def build(args, device):
 
 
 # =============================================================================================
-# 3. The style bank and the losses
+# 3. Losses, and the style bank that they draw from
 # =============================================================================================
 
 GRANULARITY = ("object", "background", "global")  # from fine to coarse
@@ -500,21 +500,25 @@ def random_batch(args, device):
 # =============================================================================================
 
 
-def encode_styles(G, D, D_o, x, keep, o, count, args):
-    """What the step needs to know of one domain: pictures x, crops o, their styles and the banks.
+def encode_styles(m, domain, x, objects, args):
+    """One domain in this step: pictures x, crops o, their styles, the bank of every picture.
 
-    Crops of the whole batch are stacked: o (N, 3, h, w), the picture of each is owner (N).
+    objects: nothing, or keep, o, count of `Scenes`. Crops of the whole batch are stacked, so that
+    they pass the networks as one batch: o (N, 3, h, w), the picture of each is owner (N).
     """
-    N, layout = count.tolist(), torch.channels_last if args.channels_last else torch.preserve_format
-    side = SimpleNamespace(G=G, D=D, D_o=D_o, x=x, s_g=G.style(x), owner=[
-        i for i, n in enumerate(N) for _ in range(n)])
-    side.o = torch.cat([crops[:n] for crops, n in zip(o, N, strict=True)]).contiguous(
-        memory_format=layout)
-    side.s_o = G.style(side.o) if len(side.o) else side.s_g[:0]
-    with torch.no_grad():
-        s_b = side.s_g[:0] if args.multi_scale else G.style(x * keep)
-    side.banks = [style_bank(s_o, s_b[i:i + 1], side.s_g[i:i + 1].detach())
-                  for i, s_o in enumerate(side.s_o.detach().split(N))]
+    G, D = getattr(m, f"G_{domain}"), getattr(m, f"D_{domain}")
+    side = SimpleNamespace(G=G, D=D, D_o=getattr(m, f"D_{domain}o", D), x=x, s_g=G.style(x),
+                           o=x[:0])
+    if objects:
+        keep, o, count = objects[0], objects[1], objects[2].tolist()
+        side.owner = [i for i, n in enumerate(count) for _ in range(n)]
+        side.o = torch.cat([crops[:n] for crops, n in zip(o, count, strict=True)]).contiguous(
+            memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+        side.s_o = G.style(side.o) if side.owner else side.s_g[:0]
+        with torch.no_grad():  # CHOICE: the bank's codes are given, like z
+            s_b = side.s_g[:0] if args.multi_scale else G.style(x * keep)
+        side.banks = [style_bank(s_o, s_b[i:i + 1], side.s_g[i:i + 1].detach())
+                      for i, s_o in enumerate(side.s_o.detach().split(count))]
     return side
 
 
@@ -526,17 +530,13 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
     """
     autocast = functools.partial(torch.autocast, batch[0].device.type, torch.bfloat16,
                                  enabled=args.amp)
-    with autocast():  # every encoder sees a picture once; the codes are kept for both halves
-        if args.method == "init":
-            X, Y = (encode_styles(getattr(m, f"G_{d}"), getattr(m, f"D_{d}"),
-                                  getattr(m, f"D_{d}o", getattr(m, f"D_{d}")), *tensors, args)
-                    for d, tensors in (("X", batch[:4]), ("Y", batch[4:])))
-        else:
-            X, Y = (SimpleNamespace(G=G, D=D, D_o=None, x=x, s_g=G.style(x), o=x[:0])
-                    for G, D, x in ((m.G_X, m.D_X, batch[0]), (m.G_Y, m.D_Y, batch[1])))
-    granularities = "go" if args.method == "init" else "g"
-    losses = {f"{name}{k}": torch.zeros((), device=batch[0].device) for k in granularities
-              for name in ("", "c", "s", "cyc_"[:4 * (args.lambda_cyc > 0)], "adv_", "D_")}
+    n = len(batch) // 2
+    with autocast():  # an encoder sees a real picture once; its code serves both halves
+        X = encode_styles(m, "X", batch[0], batch[1:n], args)
+        Y = encode_styles(m, "Y", batch[n], batch[n + 1:], args)
+    names = ["", "c", "s", "adv_", "D_"] + ["cyc_"] * (args.lambda_cyc > 0)
+    losses = {name + k: torch.zeros((), device=batch[0].device)
+              for k in ("go" if args.method == "init" else "g") for name in names}
     m.opt_G.zero_grad(set_to_none=True)
     # WHY halves: the terms of S -> T need nothing of T but its networks and its (detached) codes,
     # so the maps of one half are freed before the other half makes its own.
@@ -556,7 +556,7 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
                     L = discriminator_loss(D, views[k].translated.detach(), real)
                 L.backward()
                 losses[f"D_{k}"] = losses[f"D_{k}"] + L.detach()
-        judges = [T.D] if T.D_o in (T.D, None) else [T.D, T.D_o]
+        judges = list(dict.fromkeys([T.D, T.D_o]))  # one, if they are shared
         for p in (p for D in judges for p in D.parameters() if p.grad is None):
             p.grad = torch.zeros_like(p)  # no crops here, but perhaps in another process
         average(*judges)

@@ -217,7 +217,7 @@ def test_bank_of_a_picture_without_objects():
     """No object style; the background is the whole picture."""
     args, m, batch = tiny()
     batch[3][0] = 0
-    side = init.encode_styles(m.G_X, m.D_X, m.D_X, *batch[:4], args)
+    side = init.encode_styles(m, "X", batch[0], batch[1:4], args)
     empty, other = side.banks
     assert [len(empty[g]) for g in init.GRANULARITY] == [0, 1, 1]
     assert [len(other[g]) for g in init.GRANULARITY] == [2, 1, 1] and side.owner == [1, 1]
@@ -229,9 +229,9 @@ def test_bank_of_a_picture_without_objects():
 def test_background_style_does_not_see_the_objects():
     args, m, batch = tiny()
     batch[1][:, :, 4:20, 6:30] = 0
-    before = init.encode_styles(m.G_X, m.D_X, m.D_X, *batch[:4], args).banks[0]
+    before = init.encode_styles(m, "X", batch[0], batch[1:4], args).banks[0]
     batch[0][:, :, 4:20, 6:30] = 1
-    after = init.encode_styles(m.G_X, m.D_X, m.D_X, *batch[:4], args).banks[0]
+    after = init.encode_styles(m, "X", batch[0], batch[1:4], args).banks[0]
     assert torch.equal(before["background"], after["background"])
     assert not torch.equal(before["global"], after["global"])
 
@@ -575,7 +575,7 @@ def test_run_folder(trained):
     assert files == {"config.json", "log.csv", "index.html", "last.pt", "result.json",
                      "samples/step_000000.png", "samples/step_000002.png"}
     rows = (trained / "log.csv").read_text().splitlines()
-    assert rows[0] == ("step,g,cg,sg,cyc_g,adv_g,D_g,o,co,so,cyc_o,adv_o,D_o,seconds")
+    assert rows[0] == ("step,g,cg,sg,adv_g,D_g,cyc_g,o,co,so,adv_o,D_o,cyc_o,seconds")
     assert len(rows) == 3 and all(row.count(",") == rows[0].count(",") for row in rows)
 
 
