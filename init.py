@@ -73,9 +73,9 @@ BOXES = '{"trainA/NAME.png": [{"box": [x0, y0, x1, y1], "label": "car"}, ...], .
 # 1. Configuration
 # =============================================================================================
 
-TOY = {"size": 64, "load": 64, "object_size": 32, "min_box": 6, "batch": 2, "steps": 1500,
-       "lr": 5e-4, "decay_every": 500, "ngf": 16, "ndf": 16, "mlp_dim": 64, "blocks": 2,
-       "dis_layers": 3, "dis_scales": 2, "lpips": "random", "workers": 0, "sample_every": 500}
+TOY = {"size": 64, "load": 64, "object_size": 32, "min_box": 6, "steps": 1000, "lr": 1e-3,
+       "decay_every": 350, "ngf": 16, "ndf": 16, "mlp_dim": 64, "blocks": 2, "dis_layers": 3,
+       "dis_scales": 2, "lpips": "random", "workers": 0, "sample_every": 250}
 
 
 def get_args(argv=None):
@@ -671,17 +671,17 @@ def test_pictures(root, args, device, limit=None, square=False):  # same as cut.
 
 
 def show_pictures(root, args, device):
-    """What sample grids show: pictures x and the reference of each; on toy data the truth y too.
+    """What sample grids show: pictures x and the reference of each; on toy data the truth y too."""
+    test = test_pictures(root, args, device, limit=None if args.data == "toy" else 6)
+    if args.data == "toy":
+        return {k: v[::7] for k, v in (test | {"reference": same_night(test["y"])}).items()}
+    return {"x": test["x"],
+            "reference": test["y"][torch.arange(len(test["x"])) % len(test["y"])]}
 
-    On toy data the reference is another scene in the night of the truth.
-    """
-    if args.data != "toy":
-        test = test_pictures(root, args, device, limit=6)
-        return {"x": test["x"], "reference": test["y"][torch.arange(len(test["x"]))
-                                                       % len(test["y"])]}
-    test = test_pictures(root, args, device)
-    swapped = test["y"][torch.arange(len(test["y"])) ^ 1]
-    return {k: v[::7] for k, v in (("x", test["x"]), ("reference", swapped), ("y", test["y"]))}
+
+def same_night(y):
+    """For each of the toy world's test nights another scene in the same night."""
+    return y[torch.arange(len(y)) ^ 1]
 
 
 def sample_columns(m, show, args):
@@ -709,7 +709,7 @@ def truth_scores(G_X, G_Y, root, args, device):
     if args.data != "toy" or args.direction == "BtoA":
         return []
     test = test_pictures(root, args, device)
-    reference = test["y"][torch.arange(len(test["y"])) ^ 1]  # another scene in the same night
+    reference = same_night(test["y"])
     y_hat = torch.cat([translate(G_X, G_Y, x[None], G_Y.style(r[None]), args)
                        for x, r in zip(test["x"], reference, strict=True)])
     table = json.loads((Path(root) / "boxes.json").read_text())

@@ -561,14 +561,14 @@ def sample_night(rng):
 
 
 def sample_village(rng):
-    """(Scene with one smaller animal, Things): a savanna with a hut and a lantern."""
+    """(Scene with one pale animal, Things): a savanna with a hut and a lantern."""
     scene, side = sample_scene(rng), pick(rng, (-1, 1))
     xs = 0.5 + side * np.array((-0.25, 0.25, 0.03)) + rng.uniform(-0.05, 0.05, 3)
     things = (Thing("hut", xs[0], rng.uniform(0.62, 0.84), rng.uniform(0.34, 0.46),
                     vary(rng, (206, 178, 140), 0.12)),
               Thing("lantern", xs[2], rng.uniform(0.78, 0.95), rng.uniform(0.36, 0.5), HOOF))
     animal = sample_animal(rng, rng.uniform(0.3, 0.36), xs[1])
-    animal = replace(animal, y=rng.uniform(0.8, 0.94))
+    animal = replace(animal, y=rng.uniform(0.8, 0.94), plain=vary(rng, (244, 240, 232), 0.04))
     return replace(scene, trees=tuple(t for t in scene.trees if t.y < scene.horizon + 0.12),
                    animals=(animal,)), things
 
