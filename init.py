@@ -74,8 +74,8 @@ BOXES = '{"trainA/NAME.png": [{"box": [x0, y0, x1, y1], "label": "car"}, ...], .
 # =============================================================================================
 
 TOY = {"size": 64, "load": 64, "object_size": 32, "min_box": 6, "steps": 1000, "lr": 1e-3,
-       "decay_every": 350, "ngf": 16, "ndf": 16, "mlp_dim": 64, "blocks": 2, "dis_layers": 3,
-       "dis_scales": 2, "lpips": "random", "workers": 0, "sample_every": 250}
+       "decay_every": 350, "ngf": 16, "ndf": 32, "style_dim": 4, "mlp_dim": 64, "blocks": 2,
+       "dis_layers": 3, "dis_scales": 2, "lpips": "random", "workers": 0, "sample_every": 250}
 
 
 def get_args(argv=None):

@@ -805,3 +805,22 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
                                    trained / "last.pt", "--exemplar", tmp_path / "none.png")
     (folder / "trainB/1.png").write_text("not a picture")
     assert "1.png" in run_fails(capsys, "--data", folder, *TINY, "--out", tmp_path / "r")
+
+
+# ---- learning ---------------------------------------------------------------------------------
+
+
+def test_learns_the_toy_world(tmp_path, monkeypatch):
+    """A few steps at half the size: every reconstruction improves, and day has become dark."""
+    toy.day2night(tmp_path / "toy", n=20, size=32, n_test=4)
+    monkeypatch.setattr(init, "data_folder", lambda args: tmp_path / "toy")
+    run("--size", 32, "--load", 32, "--object-size", 16, "--min-box", 3, "--steps", 60,
+        "--dis-layers", 2, "--ngf", 8, "--ndf", 8, "--device", "cpu", "--lr", 2e-3,
+        "--log-every", 10, "--out", tmp_path / "run")
+    rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
+    first, last = (dict(zip(rows[0], map(float, row), strict=True)) for row in (rows[1], rows[-1]))
+    for name in ("g", "cg", "cyc_g", "o", "co", "cyc_o"):
+        assert last[name] < 0.8 * first[name], name
+    objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"]
+    assert objects["value"] < 0.8 * objects["trivial"]["copy the input"]
+    assert background["value"] < 0.5 * background["trivial"]["copy the input"]
