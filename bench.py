@@ -33,6 +33,14 @@ ROWS = {
                 ["--semantic", "literal", "--task-weights", "random"])],
     "cyclegan": [("CycleGAN", []),
                  ("CycleGAN, anti-aliased like CUT", ["--antialias-G", "--antialias-D"])],
+    "spade": [("SPADE, 35 labels, no VGG", ["--labels", "35", "--lambda-vgg", "0"]),
+              ("SPADE, 35 labels", ["--labels", "35", "--vgg", "random"])],
+    "pix2pixsc": [("pix2pixSC", ["--labels", "35", "--vgg", "random"]),
+                  ("pix2pixSC without VGG", ["--labels", "35", "--lambda-2", "0"])],
+    "segin": [("SEGIN", ["--vgg", "random"])],
+    "init": [("MUNIT without X-Y-X cycle", ["--method", "munit", "--lambda-cyc", "0"]),
+             ("MUNIT", ["--method", "munit"]), ("INIT, 2 crops of 120", []),
+             ("INIT, 2 crops of 128", ["--object-size", "128"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 
