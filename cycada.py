@@ -795,7 +795,7 @@ def feature_step(m, x_s, y_s, x_t, args, average=lambda *nets: None):
     then, only while D_feat can tell the domains apart (else there is nothing to learn from it),
     one of f_T against D_feat and one on the source's labels.
     """
-    f, D = m.f_T.train(), m.D_feat.train()
+    f, D = m.f_T.eval(), m.D_feat.train()  # WHY eval: looking must not change batch norm's averages
     autocast = functools.partial(torch.autocast, x_s.device.type, torch.bfloat16, enabled=args.amp)
 
     def domain_loss(scores, domain):

@@ -402,10 +402,13 @@ def test_feature_step_is_gated_by_accuracy(gate_open):
     args = tiny_args("--feature-adaptation")
     m = feature_parts(args, gate_open)
     f, D = ([p.clone() for p in net.parameters()] for net in (m.f_T, m.D_feat))
+    averages = [b.clone() for b in m.f_T.buffers()]
     x_s, y_s, x_t = (t.float() if t.dtype == torch.double else t for t in noise_batch())
     losses = cycada.feature_step(m, x_s, y_s, x_t, args)
     changed = [not torch.equal(a, b) for a, b in zip(f, m.f_T.parameters(), strict=True)]
     assert losses["updated"] == gate_open and any(changed) == gate_open
+    if not gate_open:
+        assert all(torch.equal(a, b) for a, b in zip(averages, m.f_T.buffers(), strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(D, m.D_feat.parameters(), strict=True))
     assert (losses["task"] > 0) == (losses["adversarial"] > 0) == gate_open
 
@@ -419,14 +422,14 @@ def test_feature_losses_against_their_definition():
     for group in (*m.opt_f.param_groups, *m.opt_D.param_groups):
         group["lr"] = 0.0
     x_s, y_s, x_t = (t.float() if t.dtype == torch.double else t for t in noise_batch())
-    f, D = copy.deepcopy(m.f_T).train(), copy.deepcopy(m.D_feat)
+    f, D = copy.deepcopy(m.f_T).eval(), copy.deepcopy(m.D_feat)
     losses = cycada.feature_step(m, x_s, y_s, x_t, args)
     p_s, p_t = D(f(x_s).detach()).softmax(1), D(f(x_t).detach()).softmax(1)
     torch.testing.assert_close(losses["D_feat"], -p_s[:, 1].log().mean() - p_t[:, 0].log().mean())
     right = (p_s[:, 1] > 0.5).float().mean() / 2 + (p_t[:, 0] > 0.5).float().mean() / 2
     torch.testing.assert_close(losses["accuracy"], right)
     torch.testing.assert_close(losses["adversarial"], -p_t[:, 1].log().mean())
-    torch.testing.assert_close(losses["task"], cycada.task_loss(f(x_s), y_s).detach())
+    torch.testing.assert_close(losses["task"], cycada.task_loss(f.train()(x_s), y_s).detach())
     assert all(p.requires_grad for p in m.D_feat.parameters())
 
 
