@@ -31,10 +31,10 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Eq. (3.15) is solved in stages (Sec. 3.4.3), each in a folder of its run: source (f_S),
              pixel (G, D; then all x_s are translated once), target (f_T), oracle.
              f_T starts where f_S started, not from f_S. Last weights count.
-             Eq. (3.13) was "left as an idea". --semantic literal: as printed. It can hurt: f_S errs
-             on target style, and asks G_ST for pictures that f_S still reads. --semantic gated: as
-             in the code of the digits: true y_s, a task model that learns along, and no such term
-             before its loss is below 1.
+             Eq. (3.13) was "left as an idea". --semantic literal: as printed; gated: as in the
+             code of the digits, with true y_s, a task model that learns along, and no such term
+             before its loss is below 1. Both can hurt (and do on toy data): the judge errs on x_t
+             and asks G_TS for pictures in which it reads the same errors.
              Feature adaptation is in the ICML paper and not in the text: --feature-adaptation.
              The printed fwIoU lacks the weight t_i; here as in the code.
              A class that is absent and never predicted has IoU 0 (code), and counts in mIoU.
