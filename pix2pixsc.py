@@ -52,7 +52,7 @@ USAGE        python pix2pixsc.py                                  # toy world, a
              under the same names in train_label. --groups: lines "CLIP GROUP" or "PICTURE GROUP",
              or BDD100K's label file. Faces: --label-kind landmarks, and train_label/CLIP/FRAME.txt
              with a line "width height" and 68 lines "x y", from any detector.
-EXPECT       python pix2pixsc.py: about 6 minutes on one busy CPU core; style error about 22 (copying
+EXPECT       python pix2pixsc.py: about 6 minutes on a busy CPU core; style error about 22 (copying
              the exemplar 53, mean picture 51), 0.89 of the pixels parsed as x (real ones 0.90).
 """
 
