@@ -50,9 +50,10 @@ USAGE        python pix2pixsc.py                                  # toy world, a
                                  --weights runs/pix2pixsc-mydata/last.pt
              Pictures lie in train_img/CLIP/FRAME.jpg or train_img/CLIP_FRAME.jpg, their label maps
              under the same names in train_label. --groups: lines "CLIP GROUP" or "PICTURE GROUP",
-             or BDD100K's label file.
-EXPECT       python pix2pixsc.py: about 6 minutes on one CPU core; style error about 22 (copying the
-             exemplar 53, mean picture 51), 0.89 of the pixels parsed as x (real pictures 0.90).
+             or BDD100K's label file. Faces: --label-kind landmarks, and train_label/CLIP/FRAME.txt
+             with a line "width height" and 68 lines "x y", from any detector.
+EXPECT       python pix2pixsc.py: about 6 minutes on a busy CPU core; style error about 22 (copying
+             the exemplar 53, mean picture 51), 0.89 of the pixels parsed as x (real ones 0.90).
 """
 
 # ruff: noqa: E741 (I is the paper's name for the exemplar)
