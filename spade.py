@@ -743,8 +743,9 @@ class LabelledPictures(torch.utils.data.Dataset):
     def __getitem__(self, n):
         args, rng = self.args, random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.pairs))
-        pair = self.pairs[shuffled(len(self.pairs), common.mix(args.seed, "epoch", epoch))[i]
-                          if self.augment else i]
+        if self.augment:
+            i = shuffled(len(self.pairs), common.mix(args.seed, "epoch", epoch))[i]
+        pair = self.pairs[i]
         w, h = args.size, args.height
         big = max(args.load, w) if self.augment else w  # CHOICE (code): aspect ratio not kept
         big = big, round(h * big / w)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils import parametrize
 
+import bench
 import common
 import spade
 import toy
@@ -887,6 +888,14 @@ def test_toy_run_ends_with_scores(tmp_path, monkeypatch):
         "colour error, own style", "colour error, another's style", "colour error, z", "mIoU",
         "accuracy"]
     spade.main(["--evaluate", "--weights", "runs/spade-toy/last.pt", "--segmenter-steps", "2"])
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_bench_measures_its_rows(row, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_tflops", lambda *_: 1.0)
+    flags = ["--size", "32", "--ngf", "4", "--ndf", "4", "--batch", "2", "--device", "cpu"]
+    found = bench.measure("spade", [*bench.ROWS["spade"][row][1], "--data", ".", *flags], 1)
+    assert found["s"] > 0 and found["tflop"] > 0 and ("vgg" in found["params"]) == (row == 1)
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
