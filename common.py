@@ -348,11 +348,12 @@ class PatchGAN(nn.Module):
     x (B, in_channels, H, W) -> logits (B, 1, H', W'), 30x30 for 256x256; no sigmoid.
     `n_layers` 3 sees 70x70 pixels (84x84 with `antialias`, which downsamples by BlurDown instead
     of stride 2). `norm`: layer of a channel count, or None. `spectral`: spectral normalisation.
+    `padding` 2 gives 35x35 logits for 256x256 instead (pix2pixHD, SPADE, pix2pixSC).
     `D(x, features=True)` returns (logits, [activation of each stage before the last]).
     """
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3, norm=InstanceNorm, spectral=False,
-                 antialias=False):
+                 antialias=False, padding=1):
         super().__init__()
         wrap = nn.utils.parametrizations.spectral_norm if spectral else (lambda conv: conv)
         widths = [in_channels] + [ndf * min(2**i, 8) for i in range(n_layers + 1)]
@@ -360,11 +361,11 @@ class PatchGAN(nn.Module):
         for i, (a, b) in enumerate(itertools.pairwise(widths)):
             down = i < n_layers
             self.stages.append(nn.Sequential(
-                wrap(nn.Conv2d(a, b, 4, 2 if down and not antialias else 1, 1)),
+                wrap(nn.Conv2d(a, b, 4, 2 if down and not antialias else 1, padding)),
                 *([norm(b)] if i > 0 and norm is not None else []),
                 nn.LeakyReLU(0.2, inplace=True),
                 *([BlurDown(b)] if down and antialias else [])))
-        self.stages.append(wrap(nn.Conv2d(widths[-1], 1, 4, 1, 1)))
+        self.stages.append(wrap(nn.Conv2d(widths[-1], 1, 4, 1, padding)))
 
     def forward(self, x, features=False):
         activations = []

@@ -19,6 +19,17 @@ DATA SETS (in the layout of the real one of the same name)
     horse2zebra_single  the same with one picture per folder, for training on a single pair.
     day2night           trainA trainB testA testB: A day, B night; boxes.json: huts, lanterns and
                         animals, which shine by night. Pictures 2k and 2k+1 of testB share a night.
+    synthetic2real      source_img source_label: flat computer graphics with label maps; target_img
+                        target_label test_img test_label: other scenes of the same world, as a
+                        camera sees them in the evening. Labels are indices into CLASSES.
+    scenes              {train,test}_{img,label,inst}: landscapes with their label and instance
+                        maps, each in one of six styles (season, hour, colours); test_styles/STYLE/
+                        shows every test layout in every style.
+    clips               {train,test}_{img,label}/CLIP/FRAME.png: short clips with label maps (ids
+                        into LABELS). A clip has one style (hour, season, coat); its frames move.
+    sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
+                        background. Each part has its own colour. test_truth: the test sketch in
+                        the colours of the next test picture, part by part; test_part: the parts.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -27,6 +38,7 @@ USAGE
     a, b = (toy.render(scene, 64, coat) for coat in ("plain", "zebra"))
 """
 import argparse
+import colorsys
 import json
 import math
 import os
@@ -46,7 +58,7 @@ VERSION = 1  # raise it whenever a picture changes: `ensure` then draws its fold
 
 COATS = ("plain", "zebra")
 LABELS = ("sky", "hill", "ground", "trunk", "leaves", "grass", "body", "neck", "head", "ear", "leg",
-          "hoof", "muzzle", "eye", "mane", "tail")
+          "hoof", "muzzle", "eye", "mane", "tail", "water")
 COAT_PARTS = ("body", "neck", "head", "ear", "leg")  # the only labels that a coat may change
 
 # The sky's colours, the colours of sunlight and of shade (multipliers, 255 = 1; shade is cooler, as
@@ -513,8 +525,13 @@ def render(scene, size, coat="plain"):
 
     Box filtering keeps each pixel's colour inside the pixel: a coat changes no pixel outside of it.
     """
-    times, day = supersample(size), DAYLIGHT[scene.daylight]
-    canvas = paint(scene, size * times, coat)
+    times = supersample(size)
+    return lit(paint(scene, size * times, coat), scene, times)
+
+
+def lit(canvas, scene, times):
+    """The picture of a painted Canvas: colour x light, reduced `times` times."""
+    day = DAYLIGHT[scene.daylight]
     light = canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))
     ramp = np.linspace(day["shade"], day["sun"], 256) * scene.brightness  # (256 levels of light, 3)
     ramp = ramp.clip(0, 255).astype(np.uint8)
@@ -530,110 +547,12 @@ def coat_mask(scene, size):
     return coat.reshape(size, times, size, times).mean(axis=(1, 3), dtype=np.float32)
 
 
-# 4. Day and night: objects that shine by themselves ----------------------------------------------
-# By night the landscape keeps its contrasts and loses its light: everything takes the tint of the
-# sky. Objects do not: windows and lanterns glow and coats reflect, in a colour of their own that
-# says nothing about the sky's. So no single change of colours is right for both.
-
-NIGHT_SKIES = {"blue": (62, 84, 158), "violet": (122, 60, 132), "green": (44, 112, 96)}
-GLOWS = {"amber": (255, 196, 64), "cyan": (120, 240, 255), "rose": (255, 112, 128)}
-
-
-@dataclass(frozen=True)
-class Night:
-    sky: tuple  # tint of everything that has no light of its own
-    glow: tuple  # of windows, lanterns and reflecting coats
-
-
-@dataclass(frozen=True)
-class Thing:
-    kind: str  # "hut" or "lantern"
-    x: float  # the foot
-    y: float
-    height: float
-    wall: tuple
-
-
-def sample_night(rng):
-    """A random Night: sky and glow are drawn independently."""
-    return Night(vary(rng, pick(rng, tuple(NIGHT_SKIES.values())), 0.1),
-                 vary(rng, pick(rng, tuple(GLOWS.values())), 0.04))
-
-
-def sample_village(rng):
-    """(Scene with one pale animal, Things): a savanna with a hut and a lantern."""
-    scene, side = sample_scene(rng), pick(rng, (-1, 1))
-    xs = 0.5 + side * np.array((-0.25, 0.25, 0.03)) + rng.uniform(-0.05, 0.05, 3)
-    things = (Thing("hut", xs[0], rng.uniform(0.62, 0.84), rng.uniform(0.34, 0.46),
-                    vary(rng, (206, 178, 140), 0.12)),
-              Thing("lantern", xs[2], rng.uniform(0.78, 0.95), rng.uniform(0.36, 0.5), HOOF))
-    animal = sample_animal(rng, rng.uniform(0.3, 0.36), xs[1])
-    animal = replace(animal, y=rng.uniform(0.8, 0.94), plain=vary(rng, (244, 240, 232), 0.04))
-    return replace(scene, trees=tuple(t for t in scene.trees if t.y < scene.horizon + 0.12),
-                   animals=(animal,)), things
-
-
-def outlines_of(thing):
-    """[(outline (N, 2), colour by day, whether it glows by night)], back to front."""
-    x, y, h = thing.x, thing.y, thing.height
-    def box(left, bottom, right, top):
-        return [(x + u * h, y - v * h) for u, v in ((left, bottom), (left, top), (right, top),
-                                                    (right, bottom))]
-    if thing.kind == "lantern":
-        return [(box(-.03, 0, .03, .7), thing.wall, False),
-                (box(-.11, .7, .11, .95), (176, 186, 190), True),
-                (box(-.15, .92, .15, 1), thing.wall, False)]
-    roof = [(x - .56 * h, y - .52 * h), (x, y - h), (x + .56 * h, y - .52 * h)]
-    return [(box(-.44, 0, .44, .56), thing.wall, False), (roof, (136, 96, 60), False),
-            (box(-.09, 0, .13, .36), (84, 62, 48), False),
-            (box(-.36, .16, -.15, .4), (96, 112, 128), True),
-            (box(.19, .16, .38, .4), (96, 112, 128), True)]
-
-
-def village_boxes(scene, things, size):
-    """The objects as [{"box": [x0, y0, x1, y1], "label"}], whole pixels, clipped to the picture."""
-    found = [(t.kind, np.concatenate([points for points, *_ in outlines_of(t)])) for t in things]
-    found += [("animal", np.concatenate([place(animal, part.tube.outline())
-                                         for part in animal_parts(animal)]))
-              for animal in scene.animals]
-    boxes = []
-    for label, points in found:
-        low, high = (points.clip(0, 1) * size).min(0), (points.clip(0, 1) * size).max(0)
-        boxes.append({"box": [*map(int, np.floor(low)), *map(int, np.ceil(high))], "label": label})
-    return boxes
-
-
-def render_village(scene, things, size, night=None):
-    """The village by day, or in a Night, as an RGB Pillow picture of size x size pixels."""
-    times = supersample(size)
-    canvas = paint(scene, size * times, "plain")
-    day = DAYLIGHT[scene.daylight]
-    light = np.asarray(canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))) / 255.0
-    shade, sun = np.array(day["shade"]), np.array(day["sun"]) * scene.brightness
-    picture = np.asarray(canvas.colour) * (shade + (sun - shade) * light[..., None]) / 255
-    if night:
-        grey = picture.mean(axis=2, keepdims=True) / 255
-        coat = np.isin(np.asarray(canvas.label), [LABELS.index(name) for name in COAT_PARTS])
-        shine = (0.55 + 0.6 * light[..., None]) * np.array(night.glow)
-        picture = np.where(coat[..., None], shine, (0.06 + 1.2 * grey**2.2) * np.array(night.sky))
-    sheet = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(sheet)
-    for thing in sorted(things, key=lambda thing: thing.y):
-        for points, colour, glows in outlines_of(thing):
-            if night:
-                grey = np.mean(colour) / 255
-                colour = night.glow if glows else (0.06 + 1.2 * grey**2.2) * np.array(night.sky)
-            else:
-                colour = np.array(colour) * sun / 255
-            draw.polygon(np.multiply(points, canvas.size).ravel().tolist(),
-                         fill=tuple(int(c) for c in np.clip(colour, 0, 255)))
-    return sheet.reduce(times)
-
-
-# 5. Data sets on disk ----------------------------------------------------------------------------
+# 4. Data sets on disk ----------------------------------------------------------------------------
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
-OURS = re.compile(r"(train|test)[AB]/\d{4,}\.png|contact\.png|boxes\.json|toy\.json")
+KINDS = "[AB]|_(img|label|inst|sketch|mask|truth|part)"
+OURS = re.compile(rf"((train|test|source|target)({KINDS})(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
+                  r"\.png|contact\.png|boxes\.json|toy\.json")
 
 
 def describe(name, n, size, seed):
@@ -805,6 +724,629 @@ def coat_scores(x, y_hat, y):
             for name, score in (("coat error", on_coat), ("background error", elsewhere))]
 
 
+# Data set synthetic2real: computer graphics, and what a camera sees -------------------------------
+
+CLASSES = ("sky", "hill", "ground", "trunk", "leaves", "grass", "animal")  # of the label maps
+# Per class: its one colour in computer graphics; how rough its surface is before a camera.
+FLAT = ((110, 190, 255), (160, 140, 220), (120, 205, 95), (120, 70, 30), (25, 130, 60),
+        (240, 230, 80), (235, 110, 90))
+ROUGH = (0.02, 0.06, 0.12, 0.12, 0.26, 0.06, 0.06)
+EVENING = ((0.94, 0.12, 0.02), (0.04, 0.66, 0.04), (0.10, 0.04, 0.62))  # red, green, blue of RGB
+STRAW = (250, 236, 190)
+
+
+def class_map(canvas, size):
+    """The class that fills most of each pixel: uint8 array (size, size) of indices of CLASSES."""
+    of_label = [name if name in CLASSES else "animal" for name in LABELS]
+    of_label += [None] * (256 - len(of_label))
+    sheets = [canvas.label.point([255 * (name == c) for name in of_label]) for c in CLASSES]
+    return np.argmax([np.asarray(s.reduce(canvas.size // size)) for s in sheets], axis=0)
+
+
+def render_graphics(scene, size, rng):
+    """The scene as cheap computer graphics: an RGB picture (size, size), and its label map.
+
+    One saturated colour per class, a little different in every scene, two levels of light, no
+    texture, hard edges.
+    """
+    canvas = paint(scene, size * supersample(size), "plain")
+    label = class_map(canvas, size)
+    flat = np.array(FLAT) * rng.uniform(0.9, 1.1, (len(FLAT), 1)) + rng.normal(0, 6, (len(FLAT), 3))
+    lit = np.asarray(canvas.light.reduce(canvas.size // size)) > 100
+    picture = flat[label] * np.where(lit, 1.0, 0.75)[..., None]
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
+
+
+def render_camera(scene, size, rng):
+    """The scene as a camera sees it in the evening: an RGB picture (size, size), and its label map.
+
+    Natural colours under a low sun, surfaces with texture, everything tinted; then what the camera
+    adds: a soft lens that darkens the corners, and noise.
+    """
+    scene = replace(scene, daylight="golden")
+    label = class_map(paint(scene, size * supersample(size), "plain"), size)
+    grain = sum(np.asarray(Image.fromarray(rng.normal(0, 1, (n, n)).astype(np.float32)).resize(
+        (size, size), Image.Resampling.BICUBIC)) for n in (size, size // 3))
+    picture = np.asarray(render(scene, size)) * (1 + np.array(ROUGH)[label] * grain)[..., None]
+    picture = picture @ (np.array(EVENING).T * rng.uniform(0.85, 1.05))
+    picture = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(size / 150))).astype(float)
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    picture = picture * (1 - 0.22 * (x * x + y * y))[..., None] + rng.normal(0, 5, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
+
+
+def synthetic2real(out, n=300, size=64, seed=0, n_test=60):
+    """Draw labelled computer graphics (source) and evening photographs (target) into `out`.
+
+    Writes source_img and target_img (`n` each, no scene in common), test_img (`n_test` more of the
+    target), and a *_label folder for each: palette PNGs of equal names with indices of CLASSES.
+    Scene i of a split depends on seed, split and i only. Raises as `horse2zebra` does.
+    """
+    description = describe("synthetic2real", n, size, seed)
+    folders = {"source": (3, n, render_graphics), "target": (4, n, render_camera),
+               "test": (5, n_test, render_camera)}
+    captions = ("computer graphics", "their labels", "a camera, other scenes",
+                "labels, never shown to the method", "a camera, held out", "labels, for the scores")
+    with published(out, description) as folder:
+        for split, (stream, count, draw) in folders.items():
+            for kind in ("img", "label"):
+                (folder / f"{split}_{kind}").mkdir()
+            for i in range(count):
+                rng = np.random.default_rng([seed, stream, i])
+                scene = sample_scene(rng)  # with high and pale grass: it must be seen at all
+                scene = replace(scene, tufts=tuple(replace(t, height=2 * t.height, colour=STRAW)
+                                                   for t in scene.tufts))
+                picture, label = draw(scene, size, rng)
+                label = Image.fromarray(label.astype(np.uint8))
+                label.putpalette(np.array(FLAT, dtype=np.uint8).tobytes())
+                picture.save(folder / f"{split}_img" / f"{i:04d}.png")
+                label.save(folder / f"{split}_label" / f"{i:04d}.png")
+        rows = [f"{split}_{kind}" for split in folders for kind in ("img", "label")]
+        contact_sheet(folder, list(zip(rows, captions, strict=True)), folder / "contact.png")
+
+
+# Label maps and styles, for semantic image synthesis ---------------------------------------------
+
+SCENE_CLASSES = {  # what a label map's ids 0, 1, ... stand for, and the LABELS of each
+    "sky": ("sky",), "hill": ("hill",), "ground": ("ground",), "grass": ("grass",),
+    "tree": ("trunk", "leaves"), "animal": (*COAT_PARTS, "hoof", "muzzle", "eye", "mane", "tail"),
+    "water": ("water",)}
+SCENE_STYLES = {  # all that a label map does not say
+    "spring": dict(daylight="noon", brightness=1.02, sun_x=0.3, ground=(128, 176, 74),
+                   leaf=(66, 130, 52), coat=(150, 84, 50), water=(88, 150, 208)),
+    "savanna": dict(daylight="golden", brightness=1.0, sun_x=0.75, ground=(222, 176, 96),
+                    leaf=(132, 138, 62), coat=(214, 170, 112), water=(118, 128, 110)),
+    "autumn": dict(daylight="overcast", brightness=0.98, sun_x=0.5, ground=(160, 124, 78),
+                   leaf=(206, 104, 36), coat=(74, 56, 50), water=(92, 104, 104)),
+    "winter": dict(daylight="overcast", brightness=1.06, sun_x=0.5, ground=(236, 240, 246),
+                   leaf=(58, 84, 82), coat=(118, 98, 84), water=(178, 206, 222)),
+    "sunset": dict(daylight="dawn", brightness=0.86, sun_x=0.25, ground=(158, 96, 92),
+                   leaf=(84, 60, 84), coat=(70, 44, 52), water=(232, 138, 120)),
+    "night": dict(daylight="noon", brightness=0.55, sun_x=0.6, ground=(96, 118, 128),
+                  leaf=(54, 84, 96), coat=(196, 196, 204), water=(70, 92, 168))}
+
+
+class InstanceCanvas(Canvas):
+    """A Canvas with a fourth sheet: `thing`'s number where it has painted a label."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.instance, self.thing = Image.new("L", (size, size)), 0
+        self._instance = ImageDraw.Draw(self.instance)
+
+    def polygon(self, points, colour=None, light=None, label=None):
+        super().polygon(points, colour, light, label)
+        if label is not None:
+            self._instance.polygon(np.multiply(points, self.size).ravel().tolist(), self.thing)
+
+    def ellipse(self, x, y, rx, ry, colour=None, light=None, label=None):
+        super().ellipse(x, y, rx, ry, colour, light, label)
+        if label is not None:
+            box = [c * self.size for c in (x - rx, y - ry, x + rx, y + ry)]
+            self._instance.ellipse(box, self.thing)
+
+
+def styled_scene(rng):
+    """A random layout: function style name -> (picture, label map, instance map), given a size."""
+    scene = sample_scene(rng)
+    tufts = scene.tufts[::2]
+    pond = None
+    if rng.random() < 0.65:
+        y = scene.horizon + (1 - scene.horizon) * rng.uniform(0.2, 0.85)
+        pond = rng.uniform(0.1, 0.9), y, rng.uniform(0.25, 0.45), rng.uniform(0.05, 0.09)
+
+    def draw(name, size):
+        style, times = SCENE_STYLES[name], supersample(size)
+        look = {key: style[key] for key in ("daylight", "brightness", "sun_x", "ground")}
+        day, low = DAYLIGHT[style["daylight"]], mix(style["ground"], style["leaf"], 0.5)
+        restyled = replace(
+            scene, **look, trees=tuple(replace(t, leaf=style["leaf"]) for t in scene.trees),
+            tufts=tuple(replace(t, colour=low, height=1.8 * t.height) for t in tufts),
+            animals=tuple(replace(a, plain=style["coat"]) for a in scene.animals))
+        canvas = InstanceCanvas(size * times)
+        paint_backdrop(canvas, restyled)
+        if pond:
+            x, y, rx, ry = pond
+            canvas.ellipse(x, y, rx, ry, style["water"], 1.0, "water")
+            for k, dy in ((0.7, -0.35), (0.8, 0.15), (0.5, 0.6)):  # ripples that mirror the sky
+                ripple = mix(style["water"], day["low"], 0.5)
+                canvas.ellipse(x, y + dy * ry, k * rx, 0.12 * ry, ripple)
+        paint_shadows(canvas, restyled)
+        for thing in sorted([*restyled.trees, *restyled.tufts, *restyled.animals],
+                            key=lambda thing: thing.y):
+            if isinstance(thing, Tuft):
+                canvas.thing = 0
+                paint_tuft(canvas, thing)
+                continue
+            canvas.thing = 1 + (restyled.trees + restyled.animals).index(thing)
+            if isinstance(thing, Tree):
+                paint_tree(canvas, restyled, thing)
+            else:
+                paint_animal(canvas, restyled, thing, "plain")
+        classes = np.zeros(len(LABELS), dtype=np.uint8)
+        for i, members in enumerate(SCENE_CLASSES.values()):
+            classes[[LABELS.index(label) for label in members]] = i
+        centre = slice(times // 2, None, times)
+        maps = (np.asarray(sheet)[centre, centre] for sheet in (canvas.label, canvas.instance))
+        label, instance = maps
+        return (lit(canvas, restyled, times), Image.fromarray(classes[label]),
+                Image.fromarray(instance))
+
+    return draw
+
+
+def scenes(out, n=600, size=64, seed=0, n_test=40):
+    """Draw landscapes for semantic image synthesis into the folder `out`.
+
+    Writes {train,test}_img (RGB), _label (ids of SCENE_CLASSES) and _inst (0, or one number per
+    tree and animal); each picture has a style of its own. test_styles/STYLE/NNNN.png is the true
+    answer for test layout NNNN in that style. contact.png is a sheet of samples. Picture i depends
+    on seed, split and i only. Raises ValueError (numbers, an `out` with other files), OSError.
+    """
+    if n_test < 1:
+        raise ValueError(f"n_test is {n_test}, expected at least 1")
+    names = list(SCENE_STYLES)
+    with published(out, describe("scenes", n, size, seed)) as folder:
+        for stream, (split, count) in enumerate((("train", n), ("test", n_test)), start=3):
+            subs = [f"{split}_{kind}" for kind in ("img", "label", "inst")]
+            subs += [f"test_styles/{name}" for name in names] if split == "test" else []
+            for sub in subs:
+                (folder / sub).mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng([seed, stream, i])
+                own, draw = pick(rng, names), styled_scene(rng)
+                for sub, sheet in zip(subs, draw(own, size), strict=False):
+                    sheet.save(folder / sub / f"{i:04d}.png")
+                for sub in subs[3:]:
+                    draw(Path(sub).name, size)[0].save(folder / sub / f"{i:04d}.png")
+        rows = [("train_img", "each in one of six styles"), ("test_img", "held-out layouts")]
+        rows += [(f"test_styles/{name}", "the same layouts") for name in names]
+        contact_sheet(folder, rows, folder / "contact.png")
+
+
+def scene_scores(answers, label, folder, mean_colours):
+    """Scores of pictures painted from the test label maps of a `scenes` folder.
+
+    answers: {"own style": x, "another's style": x, "z": x}, each (N, 3, H, W) in [-1, 1] for the
+    N test layouts in order: in the style of the layout's own picture, in the style of the next
+    layout's picture, and in no style in particular. label: (N, H, W). mean_colours: (classes, 3),
+    what the trivial answer paints each class with. A colour error is the mean absolute difference,
+    in grey levels, of colours averaged over 5x5 pixels of 64, so that colours count and texture
+    does not; for "z" it is that to the nearest style. Returns [{"name", "value", "better",
+    "trivial"}]; lower is better.
+    """
+    files = sorted((Path(folder) / "test_img").iterdir())
+
+    def load(sub):
+        return np.stack([np.asarray(Image.open(Path(folder) / sub / f.name)) for f in files]
+                        ).transpose(0, 3, 1, 2) / 127.5 - 1
+
+    own, every = load("test_img"), np.stack([load(f"test_styles/{s}") for s in SCENE_STYLES])
+    style = np.abs(every - own).mean(axis=(2, 3, 4)).argmin(axis=0)      # of each test picture
+    following = np.roll(style, -1)
+    truths = {"own style": own, "another's style": every[following, np.arange(len(own))]}
+    flat = np.asarray(mean_colours)[label].transpose(0, 3, 1, 2)
+    radius = max(1, own.shape[-1] // 32)
+
+    def error(x, truth):
+        x, truth = (window_mean(np.asarray(a, dtype=np.float64), radius) for a in (x, truth))
+        return np.abs(x - truth).mean(axis=(1, 2, 3)) * 127.5            # (N,)
+
+    def score(name, x):
+        if name in truths:
+            return float(error(x, truths[name]).mean())
+        return float(np.min([error(x, e) for e in every], axis=0).mean())
+
+    wrong = {"own style": truths["another's style"], "another's style": own}
+    return [{"name": f"colour error, {name}", "value": score(name, x), "better": "lower",
+             "trivial": {"mean colour per class": score(name, flat)} | (
+                 {"the true picture in the other style": score(name, wrong[name])}
+                 if name in wrong else {})} for name, x in answers.items()]
+
+
+# ---- clips: one style per clip, frames that move -------------------------------------------------
+
+CLIP_FRAMES = 12
+SEASONS = {  # ground, leaves
+    "savanna": ((214, 184, 104), (112, 128, 62)), "meadow": ((118, 164, 70), (56, 106, 58)),
+    "snow": ((228, 234, 242), (72, 98, 92)), "autumn": ((168, 118, 70), (206, 96, 38)),
+    "red earth": ((186, 92, 60), (92, 134, 76)), "heath": ((150, 122, 160), (116, 74, 128)),
+}
+LABEL_COLOURS = ((150, 190, 235), (130, 150, 150), (190, 170, 120), (100, 70, 50), (60, 120, 60),
+                 (140, 180, 70), (220, 90, 60), (230, 140, 60), (240, 190, 80), (160, 60, 120),
+                 (150, 50, 40), (40, 40, 60), (200, 120, 160), (255, 255, 255), (90, 40, 110),
+                 (20, 20, 20), (0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Style:
+    daylight: str
+    brightness: float
+    sun_x: float
+    ground: tuple
+    leaf: tuple
+    plain: tuple  # the animals' colour, unless the coat is striped
+    coat: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    scene: Scene  # of the middle frame
+    style: Style
+    pan: float  # how far near things move per frame, to the right
+
+
+def sample_clip(rng):
+    """A random Clip; its style does not depend on its scene's layout."""
+    scene = sample_scene(rng)
+    ground, leaf = SEASONS[pick(rng, tuple(SEASONS))]
+    style = Style(pick(rng, tuple(DAYLIGHT)), rng.uniform(0.85, 1.04), rng.uniform(0.1, 0.9),
+                  vary(rng, ground, 0.08), vary(rng, leaf, 0.1),
+                  vary(rng, pick(rng, tuple(PLAIN.values())), 0.1),
+                  "zebra" if rng.random() < 0.4 else "plain")
+    return Clip(scene, style, rng.uniform(0.015, 0.04) * pick(rng, (-1, 1)))
+
+
+def clip_scene(clip, frame, style):
+    """The Scene of a frame (0 .. CLIP_FRAMES - 1) in a Style: all else is the clip's own."""
+    t, scene = frame - (CLIP_FRAMES - 1) / 2, clip.scene
+
+    def moved(x, y):  # near things pass faster; what leaves on one side comes in on the other
+        near = 0.3 + 0.7 * (y - scene.horizon) / (1 - scene.horizon)
+        return (x + clip.pan * t * near + 0.1) % 1.2 - 0.1
+
+    def walked(a):  # grazes up and down, and turns round in the middle of the clip
+        middle = a.x + a.facing * a.unit * (0.11 + 0.09 * a.graze)
+        facing = a.facing if t < 0 else -a.facing
+        graze = min(1.0, max(0.0, a.graze + 0.4 * math.sin(t)))
+        return replace(a, x=middle - facing * a.unit * (0.11 + 0.09 * graze) + 0.01 * abs(t) - 0.03,
+                       facing=facing, graze=graze, phase=a.phase + 0.8 * t, plain=style.plain)
+
+    return replace(
+        scene, daylight=style.daylight, brightness=style.brightness, sun_x=style.sun_x,
+        ground=style.ground, animals=tuple(walked(a) for a in scene.animals),
+        trees=tuple(replace(tree, x=moved(tree.x, tree.y), leaf=style.leaf)
+                    for tree in scene.trees),
+        tufts=tuple(replace(tuft, x=moved(tuft.x, tuft.y), colour=mix(style.ground, style.leaf, .5))
+                    for tuft in scene.tufts))
+
+
+def letterboxed(picture, colour):
+    """The picture with a bar of that colour above and below, as in films.
+
+    WHY: pix2pixSC normalises its input; only what always is black tells it how bright a style is.
+    """
+    w, h = picture.size
+    for top in (0, h - h // 16):
+        picture.paste(colour, (0, top, w, top + h // 16))
+    return picture
+
+
+def clip_picture(clip, frame, size, style):
+    """A frame in a Style, RGB."""
+    return letterboxed(render(clip_scene(clip, frame, style), size, style.coat), (0, 0, 0))
+
+
+def clip_label(clip, frame, size):
+    """Its label map: palette picture of ids into LABELS (bars: one more), equal in all styles."""
+    scene = clip_scene(clip, frame, clip.style)
+    times = supersample(size)
+    ids = np.asarray(paint(scene, size * times, "plain").label)
+    label = Image.fromarray(np.ascontiguousarray(ids[times // 2::times, times // 2::times]), "L")
+    label = label.convert("P")
+    label.putpalette([c for colour in LABEL_COLOURS for c in colour])
+    return letterboxed(label, len(LABELS))
+
+
+def clips(out, n=40, size=64, seed=0, n_test=8):
+    """Draw `n` training and `n_test` test clips of CLIP_FRAMES frames into the folder `out`.
+
+    {train,test}_img hold RGB pictures, {train,test}_label palette PNGs of ids into LABELS, both as
+    CLIP/FRAME.png. Raises like `horse2zebra`.
+    """
+    if n_test < 1:
+        raise ValueError(f"n_test is {n_test}, expected at least 1")
+    with published(out, describe("clips", n, size, seed)) as folder:
+        for stream, (split, count) in enumerate((("train", n), ("test", n_test))):
+            for c in range(count):
+                clip = sample_clip(np.random.default_rng([seed, stream, c]))
+                for kind in ("img", "label"):
+                    (folder / f"{split}_{kind}" / f"{c:04d}").mkdir(parents=True)
+                for t in range(CLIP_FRAMES):
+                    name = f"{c:04d}/{t:04d}.png"
+                    clip_picture(clip, t, size, clip.style).save(folder / f"{split}_img" / name)
+                    clip_label(clip, t, size).save(folder / f"{split}_label" / name)
+        rows = [(f"train_{kind}/{c:04d}", f"a clip's {what}") for c in range(min(n, 4))
+                for kind, what in (("img", "frames"), ("label", "label maps"))]
+        contact_sheet(folder, rows, folder / "contact.png")
+
+
+def clip_answer(folder, x, exemplar):
+    """The true answer to label map x ('CLIP/FRAME') in the style of an exemplar's clip.
+
+    folder: drawn by `clips`; both names are of its test split. Returns an RGB Pillow picture.
+    """
+    stamp = json.loads((Path(folder) / STAMP).read_text())
+    of_x, of_exemplar = (sample_clip(np.random.default_rng([stamp["seed"], 1, int(c)]))
+                         for c in (Path(x).parts[0], Path(exemplar).parts[0]))
+    return clip_picture(of_x, int(Path(x).stem), stamp["size"], of_exemplar.style)
+
+
+def clip_style_error(labels, y_hat, y):
+    """How far the colours of y_hat are from those of the true answers y, label by label.
+
+    labels (N, H, W) ids, y_hat and y (N, 3, H, W) in [-1, 1]. Mean over all labels of all pictures
+    (of 8 pixels or more) of the difference of the mean and of the deviation, in grey levels.
+    """
+    errors = []
+    for label, a, b in zip(*(np.asarray(v) for v in (labels, y_hat, y)), strict=True):
+        for i in np.unique(label):
+            if (label == i).sum() >= 8:
+                one, other = a[:, label == i], b[:, label == i]
+                errors.append(np.abs(one.mean(1) - other.mean(1)).mean()
+                              + np.abs(one.std(1) - other.std(1)).mean())
+    return float(np.mean(errors)) * 127.5
+
+
+# ---- sketches: animals whose parts have colours of their own ------------------------------------
+
+SKETCH_PARTS = ("body", "cloth", "neck", "head", "legs", "hair")
+SKETCH_PART = {"leg": "legs", "hoof": "legs", "ear": "head", "muzzle": "head", "eye": "head",
+               "mane": "hair", "tail": "hair"}  # names of animal_parts that count as another's
+
+
+def sample_sketch(rng):
+    """A random animal that looks right, like all others (as all shoes of edges2shoes look left),
+    and a colour for each of SKETCH_PARTS, no two of them alike: (Animal, (6, 3) array)."""
+    unit = rng.uniform(0.48, 0.55)
+    animal = Animal(x=0.02 + 0.7 * unit + rng.uniform(0, 0.05), y=rng.uniform(0.83, 0.95),
+                    unit=unit, facing=1, graze=rng.uniform(0, 0.3), plain=WHITE,
+                    phase=rng.uniform(0, 2 * math.pi), stride=rng.uniform(0.02, 0.13))
+    apart = 0
+    while apart < 75:  # grey levels, between the two most similar parts
+        colours = [colorsys.hsv_to_rgb(h, s, v) for h, s, v in rng.uniform(
+            (0, 0.25, 0.55), (1, 0.85, 1), (len(SKETCH_PARTS), 3))]
+        colours = np.array(colours) * 255
+        gaps = np.linalg.norm(colours[:, None] - colours, axis=2)
+        apart = gaps[np.triu_indices(len(colours), 1)].min()
+    return animal, colours
+
+
+def paint_sketch(animal, colours, size):
+    """(sketch, photo, part): two RGB pictures and an array (size, size) of 1 + the index into
+    SKETCH_PARTS, 0 for the background and for every pixel that an outline or two parts share."""
+    times, fine = supersample(size), 8
+    canvas, piece = Canvas(size * times), Image.new("L", (size * times,) * 2)
+    part, lines = piece.copy(), np.zeros((size * times,) * 2, dtype=bool)
+    pieces = []
+    for p in animal_parts(animal):
+        name = SKETCH_PART.get(p.label, p.label)
+        if p.label != "eye":
+            pieces.append((name, p.tube.strips(p.root, fine), 0.45 if p.far else 1))
+        if name == "body":  # the cloth lies on its back; v = 1 is the spine
+            s, v = np.linspace(0.34, 0.62, 9) * p.tube.length, np.linspace(-0.3, 1.04, fine + 1)
+            grid = p.tube.at(s[:, None], v)
+            pieces.append(("cloth", [np.concatenate([grid[:, k], grid[::-1, -1]])
+                                     for k in range(fine)], 1))
+    for number, (name, strips, near) in enumerate(pieces, start=1):
+        outline = place(animal, strips[0])
+        xy, index = (outline * canvas.size).ravel().tolist(), SKETCH_PARTS.index(name)
+        for sheet, value in ((piece, number), (part, index + 1)):
+            ImageDraw.Draw(sheet).polygon(xy, fill=value)
+        for k, strip in enumerate(strips):  # darker below
+            canvas.polygon(place(animal, strip), colours[index], near * (0.45 + 0.55 * k / fine))
+    number = np.asarray(piece).astype(int)
+    lines[:, 1:] |= np.diff(number, axis=1) != 0
+    lines[1:] |= np.diff(number, axis=0) != 0
+    thick = Image.fromarray(lines).convert("L").filter(ImageFilter.MaxFilter(2 * (times // 2) + 1))
+    light = canvas.light.point([150 + int(0.412 * v) for v in range(256)])  # soft: 150 ... 255
+    photo = ImageChops.multiply(canvas.colour, Image.merge("RGB", [light] * 3))
+    photo.paste("white", mask=part.point(lambda v: 255 * (v == 0)))
+    photo.paste(BLACK, mask=thick)
+    sketch = ImageChops.invert(thick).convert("RGB")
+    blocks = np.where(np.asarray(thick) > 0, 0, np.asarray(part)).reshape(size, times, size, times)
+    pure = blocks.min(axis=(1, 3)) == blocks.max(axis=(1, 3))
+    return sketch.reduce(times), photo.reduce(times), np.where(pure, blocks[:, 0, :, 0], 0)
+
+
+def sketches(out, n=400, size=64, seed=0, n_test=40):
+    """Draw the pairs sketch / coloured animal into the folder `out`, like `horse2zebra`.
+
+    train_* have `n`, test_* `n_test` pictures: sketch, img, mask (255 is the animal). For scoring,
+    test_truth/0007.png shows the animal of test_sketch/0007.png, each part in the colour it has in
+    test_img/0008.png (the last takes the first's), and test_part the parts of `paint_sketch`.
+    """
+    if n_test < 2:
+        raise ValueError(f"n_test is {n_test}, expected at least 2")
+
+    def figure(stream, i):
+        return sample_sketch(np.random.default_rng([seed, stream, i]))
+
+    with published(out, describe("sketches", n, size, seed)) as folder:
+        for sub in ("train_sketch", "train_img", "train_mask", "test_sketch", "test_img",
+                    "test_mask", "test_truth", "test_part"):
+            (folder / sub).mkdir()
+        for split, stream, count in (("train", 6, n), ("test", 7, n_test)):
+            for i in range(count):
+                animal, colours = figure(stream, i)
+                x, y, part = paint_sketch(animal, colours, size)
+                inside = (np.asarray(y) < 250).any(axis=2)
+                files = {"sketch": x, "img": y, "mask": Image.fromarray(inside).convert("L")}
+                if split == "test":
+                    other = figure(stream, (i + 1) % n_test)[1]
+                    files |= {"truth": paint_sketch(animal, other, size)[1],
+                              "part": Image.fromarray(part.astype(np.uint8))}
+                for kind, picture in files.items():
+                    picture.save(folder / f"{split}_{kind}" / f"{i:04d}.png")
+        contact_sheet(folder, [("train_sketch", "inputs"), ("train_img", "their photos"),
+                               ("test_sketch", "inputs"), ("test_img", "their own photos"),
+                               ("test_truth", "in the colours of the next one's parts")],
+                      folder / "contact.png")
+
+
+def sketch_scores(x, y_hat, truth, part, r, W):
+    """Scores of translations y_hat of sketches x, with references r, against their true answers.
+
+    All are float arrays (N, 3, H, W) in [-1, 1], W a patchwork of r (its auxiliary picture), but
+    part (N, H, W), which is `paint_sketch`'s. A part's colour is its mean over four or more pixels.
+    "part colour error": its distance to the truth's, in grey levels. "parts right": the share of
+    parts whose colour is nearer to the truth's colour of this part than to any other part's.
+    Returns [{"name", "value", "better", "trivial"}]; the trivial answers are r and W themselves,
+    the sketch tinted in its truth's overall colour (global control at its best), and in the mean
+    colour of all truths.
+    """
+    x, y_hat, truth, r, W = (np.asarray(a, dtype=np.float64) for a in (x, y_hat, truth, r, W))
+    inside = np.asarray(part) > 0
+    each = np.stack([t[:, m].mean(axis=1) for t, m in zip(truth, inside, strict=True)])
+    answers = {"W itself": W, "copy the reference": r}
+    for answer, colour in (("one colour per picture", each), ("mean colour", each.mean(axis=0))):
+        flat = np.broadcast_to(np.asarray(colour).reshape(-1, 3, 1, 1), x.shape)
+        answers[answer] = np.where(inside[:, None], flat, x)
+
+    def parts(a):
+        error, right = [], []
+        for picture, true, where in zip(a, truth, part, strict=True):
+            masks = [where == k for k in range(1, len(SKETCH_PARTS) + 1)]
+            masks = [m for m in masks if m.sum() >= 4]
+            found, want = (np.stack([p[:, m].mean(axis=1) for m in masks])
+                           for p in (picture, true))
+            gaps = np.abs(found[:, None] - want).mean(axis=2)  # [part of a, part of truth]
+            error += gaps.diagonal().tolist()
+            right += (gaps.argmin(axis=1) == np.arange(len(gaps))).tolist()
+        return np.mean(error) * 127.5, np.mean(right)
+
+    def whole(a):
+        return np.abs(a - truth).mean() * 127.5
+
+    return [{"name": name, "value": float(score(y_hat)), "better": better,
+             "trivial": {answer: float(score(a)) for answer, a in answers.items()}}
+            for name, better, score in (
+                ("part colour error", "lower", lambda a: parts(a)[0]),
+                ("parts right", "higher", lambda a: parts(a)[1]),
+                ("picture error", "lower", whole))]
+
+
+# Data set day2night: objects that shine by themselves --------------------------------------------
+# By night the landscape keeps its contrasts and loses its light: everything takes the tint of the
+# sky. Objects do not: windows and lanterns glow and coats reflect, in a colour of their own that
+# says nothing about the sky's. So no single change of colours is right for both.
+
+NIGHT_SKIES = {"blue": (62, 84, 158), "violet": (122, 60, 132), "green": (44, 112, 96)}
+GLOWS = {"amber": (255, 196, 64), "cyan": (120, 240, 255), "rose": (255, 112, 128)}
+
+
+@dataclass(frozen=True)
+class Night:
+    sky: tuple  # tint of everything that has no light of its own
+    glow: tuple  # of windows, lanterns and reflecting coats
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str  # "hut" or "lantern"
+    x: float  # the foot
+    y: float
+    height: float
+    wall: tuple
+
+
+def sample_night(rng):
+    """A random Night: sky and glow are drawn independently."""
+    return Night(vary(rng, pick(rng, tuple(NIGHT_SKIES.values())), 0.1),
+                 vary(rng, pick(rng, tuple(GLOWS.values())), 0.04))
+
+
+def sample_village(rng):
+    """(Scene with one pale animal, Things): a savanna with a hut and a lantern."""
+    scene, side = sample_scene(rng), pick(rng, (-1, 1))
+    xs = 0.5 + side * np.array((-0.25, 0.25, 0.03)) + rng.uniform(-0.05, 0.05, 3)
+    things = (Thing("hut", xs[0], rng.uniform(0.62, 0.84), rng.uniform(0.34, 0.46),
+                    vary(rng, (206, 178, 140), 0.12)),
+              Thing("lantern", xs[2], rng.uniform(0.78, 0.95), rng.uniform(0.36, 0.5), HOOF))
+    animal = sample_animal(rng, rng.uniform(0.3, 0.36), xs[1])
+    animal = replace(animal, y=rng.uniform(0.8, 0.94), plain=vary(rng, (244, 240, 232), 0.04))
+    return replace(scene, trees=tuple(t for t in scene.trees if t.y < scene.horizon + 0.12),
+                   animals=(animal,)), things
+
+
+def outlines_of(thing):
+    """[(outline (N, 2), colour by day, whether it glows by night)], back to front."""
+    x, y, h = thing.x, thing.y, thing.height
+    def box(left, bottom, right, top):
+        return [(x + u * h, y - v * h) for u, v in ((left, bottom), (left, top), (right, top),
+                                                    (right, bottom))]
+    if thing.kind == "lantern":
+        return [(box(-.03, 0, .03, .7), thing.wall, False),
+                (box(-.11, .7, .11, .95), (176, 186, 190), True),
+                (box(-.15, .92, .15, 1), thing.wall, False)]
+    roof = [(x - .56 * h, y - .52 * h), (x, y - h), (x + .56 * h, y - .52 * h)]
+    return [(box(-.44, 0, .44, .56), thing.wall, False), (roof, (136, 96, 60), False),
+            (box(-.09, 0, .13, .36), (84, 62, 48), False),
+            (box(-.36, .16, -.15, .4), (96, 112, 128), True),
+            (box(.19, .16, .38, .4), (96, 112, 128), True)]
+
+
+def village_boxes(scene, things, size):
+    """The objects as [{"box": [x0, y0, x1, y1], "label"}], whole pixels, clipped to the picture."""
+    found = [(t.kind, np.concatenate([points for points, *_ in outlines_of(t)])) for t in things]
+    found += [("animal", np.concatenate([place(animal, part.tube.outline())
+                                         for part in animal_parts(animal)]))
+              for animal in scene.animals]
+    boxes = []
+    for label, points in found:
+        low, high = (points.clip(0, 1) * size).min(0), (points.clip(0, 1) * size).max(0)
+        boxes.append({"box": [*map(int, np.floor(low)), *map(int, np.ceil(high))], "label": label})
+    return boxes
+
+
+def render_village(scene, things, size, night=None):
+    """The village by day, or in a Night, as an RGB Pillow picture of size x size pixels."""
+    times = supersample(size)
+    canvas = paint(scene, size * times, "plain")
+    day = DAYLIGHT[scene.daylight]
+    light = np.asarray(canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))) / 255.0
+    shade, sun = np.array(day["shade"]), np.array(day["sun"]) * scene.brightness
+    picture = np.asarray(canvas.colour) * (shade + (sun - shade) * light[..., None]) / 255
+    if night:
+        grey = picture.mean(axis=2, keepdims=True) / 255
+        coat = np.isin(np.asarray(canvas.label), [LABELS.index(name) for name in COAT_PARTS])
+        shine = (0.55 + 0.6 * light[..., None]) * np.array(night.glow)
+        picture = np.where(coat[..., None], shine, (0.06 + 1.2 * grey**2.2) * np.array(night.sky))
+    sheet = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(sheet)
+    for thing in sorted(things, key=lambda thing: thing.y):
+        for points, colour, glows in outlines_of(thing):
+            if night:
+                grey = np.mean(colour) / 255
+                colour = night.glow if glows else (0.06 + 1.2 * grey**2.2) * np.array(night.sky)
+            else:
+                colour = np.array(colour) * sun / 255
+            draw.polygon(np.multiply(points, canvas.size).ravel().tolist(),
+                         fill=tuple(int(c) for c in np.clip(colour, 0, 255)))
+    return sheet.reduce(times)
+
+
 def day2night(out, n=400, size=64, seed=0, n_test=40):
     """Draw day (A) and night (B) pictures of villages into `out`, with the objects' boxes.
 
@@ -863,8 +1405,10 @@ def night_scores(x, reference, y_hat, y, boxes):
 
 
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
-            "day2night": day2night}
-DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "day2night": 400}
+            "synthetic2real": synthetic2real, "scenes": scenes, "clips": clips,
+            "sketches": sketches, "day2night": day2night}
+DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600,
+             "clips": 40, "sketches": 400, "day2night": 400}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
@@ -890,7 +1434,7 @@ def ensure(name, size, root="datasets", n=None, seed=0):
     return folder
 
 
-# 6. By hand --------------------------------------------------------------------------------------
+# 5. By hand --------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its complaints on one line."""
@@ -903,7 +1447,7 @@ def main(argv=None):
     parser = Parser(prog="toy.py", description="Draw a data set of the toy world.")
     parser.add_argument("name", help=f"one of: {', '.join(DATASETS)}")
     parser.add_argument("--out", help="folder to draw into (default: datasets/toy/NAME-SIZE)")
-    parser.add_argument("--n", type=int, help="training pictures per domain (default: 400)")
+    parser.add_argument("--n", type=int, help="training pictures per domain (400), or clips (40)")
     parser.add_argument("--size", type=int, default=64, help="pixels, at least 16")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes")
     args = parser.parse_args(argv)

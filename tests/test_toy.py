@@ -344,3 +344,58 @@ def test_single_pair(tmp_path):
     assert (train == test).all() and 0.1 < (test != truth).any(axis=2).mean() < 0.4
     with pytest.raises(ValueError, match="single pair"):
         toy.horse2zebra_single(tmp_path / "two", n=2)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / "s2r"
+    toy.synthetic2real(out, n=4, size=64, seed=0, n_test=3)
+    return out
+
+
+def test_synthetic2real_layout_and_determinism(real, tmp_path):
+    for split, count in (("source", 4), ("target", 4), ("test", 3)):
+        for kind, mode in (("img", "RGB"), ("label", "P")):
+            names = sorted(f.name for f in (real / f"{split}_{kind}").iterdir())
+            assert names == [f"{i:04d}.png" for i in range(count)]
+            with Image.open(real / f"{split}_{kind}" / names[-1]) as picture:
+                assert (picture.mode, picture.size) == (mode, (64, 64))
+    toy.synthetic2real(tmp_path / "again", n=4, size=64, seed=0, n_test=3)
+    assert contents(tmp_path / "again") == contents(real)
+    toy.synthetic2real(tmp_path / "few", n=1, size=64, seed=0, n_test=1)
+    few, many = contents(tmp_path / "few"), contents(real)
+    for name in ("source_img/0000.png", "target_label/0000.png", "test_img/0000.png"):
+        assert few[name] == many[name]
+
+
+def test_synthetic2real_labels_are_true(real):
+    """In the graphics a class has one hue, so classes can be read off the picture; a label map says
+    for every pixel what fills most of it."""
+    for i in range(4):
+        label = pixels(real / f"source_label/{i:04d}.png")
+        picture = pixels(real / f"source_img/{i:04d}.png")
+        assert 0 <= label.min() and label.max() < len(toy.CLASSES)
+        assert {toy.CLASSES.index(c) for c in ("sky", "ground", "animal")} <= set(np.unique(label))
+        for k in np.unique(label):
+            colours = picture[label == k] / picture[label == k].max(axis=1, keepdims=True)
+            assert colours.std(axis=0).max() < 0.02  # its light has two levels, its hue is one
+    canvas = toy.paint(held_out_scene(0), 128, "plain")
+    fine = np.array([name if name in toy.CLASSES else "animal" for name in toy.LABELS])[
+        np.asarray(canvas.label)]
+    coarse = toy.class_map(canvas, 64)
+    for y, x in ((0, 0), (30, 30), (50, 20), (63, 63)):
+        block = fine[2 * y:2 * y + 2, 2 * x:2 * x + 2].ravel().tolist()
+        assert block.count(toy.CLASSES[coarse[y, x]]) == max(map(block.count, block))
+
+
+def test_synthetic2real_domains_share_the_world_but_not_the_look(real):
+    shares = [np.mean([np.bincount(pixels(real / f"{split}_label/{i:04d}.png").ravel(),
+                                   minlength=len(toy.CLASSES)) / 64**2 for i in range(4)], axis=0)
+              for split in ("source", "target")]
+    assert np.abs(shares[0] - shares[1]).max() < 0.12
+    flat, camera = (np.mean([pixels(real / f"{split}_img/{i:04d}.png") for i in range(4)],
+                            axis=(0, 1, 2)) for split in ("source", "target"))
+    assert np.abs(flat - camera).max() > 30
+    rough = [np.median([np.abs(np.diff(pixels(real / f"{split}_img/{i:04d}.png"), axis=1))
+                        for i in range(4)]) for split in ("source", "target")]
+    assert rough[0] == 0 and rough[1] > 2
