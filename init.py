@@ -47,7 +47,9 @@ CHOICES      the paper gives no lambda, K, schedule or GAN type, and says "based
 USAGE        python init.py                                   # toy world; --method munit compares
              python init.py --data mydata                     # with mydata/boxes.json, see BOXES
              python init.py --translate day.jpg --weights runs/init-mydata/last.pt --styles 4
-EXPECT       TODO
+EXPECT       python init.py: 13 minutes on one CPU thread. In the style of a reference: object error
+             about 25 (copying the reference 48, one change of colours 38), background error 11 (15,
+             26). --method munit, as many steps in half the time: 27 and 10.
 """
 
 import argparse
