@@ -17,6 +17,8 @@ DATA SETS (in the layout of the real one of the same name)
     horse2zebra         trainA trainB testA testB: A plain coats, B stripes. Training is unpaired
                         (no scene is in both); testA/0007.png and testB/0007.png show one scene.
     horse2zebra_single  the same with one picture per folder, for training on a single pair.
+    day2night           trainA trainB testA testB: A day, B night; boxes.json: huts, lanterns and
+                        animals, which shine by night. Pictures 2k and 2k+1 of testB share a night.
     synthetic2real      source_img source_label: flat computer graphics with label maps; target_img
                         target_label test_img test_label: other scenes of the same world, as a
                         camera sees them in the evening. Labels are indices into CLASSES.
@@ -28,8 +30,6 @@ DATA SETS (in the layout of the real one of the same name)
     sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
                         background. Each part has its own colour. test_truth: the test sketch in
                         the colours of the next test picture, part by part; test_part: the parts.
-    day2night           trainA trainB testA testB: A day, B night; boxes.json: huts, lanterns and
-                        animals, which shine by night. Pictures 2k and 2k+1 of testB share a night.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -547,113 +547,12 @@ def coat_mask(scene, size):
     return coat.reshape(size, times, size, times).mean(axis=(1, 3), dtype=np.float32)
 
 
-# 4. Day and night: objects that shine by themselves ----------------------------------------------
-# By night the landscape keeps its contrasts and loses its light: everything takes the tint of the
-# sky. Objects do not: windows and lanterns glow and coats reflect, in a colour of their own that
-# says nothing about the sky's. So no single change of colours is right for both.
-
-NIGHT_SKIES = {"blue": (62, 84, 158), "violet": (122, 60, 132), "green": (44, 112, 96)}
-GLOWS = {"amber": (255, 196, 64), "cyan": (120, 240, 255), "rose": (255, 112, 128)}
-
-
-@dataclass(frozen=True)
-class Night:
-    sky: tuple  # tint of everything that has no light of its own
-    glow: tuple  # of windows, lanterns and reflecting coats
-
-
-@dataclass(frozen=True)
-class Thing:
-    kind: str  # "hut" or "lantern"
-    x: float  # the foot
-    y: float
-    height: float
-    wall: tuple
-
-
-def sample_night(rng):
-    """A random Night: sky and glow are drawn independently."""
-    return Night(vary(rng, pick(rng, tuple(NIGHT_SKIES.values())), 0.1),
-                 vary(rng, pick(rng, tuple(GLOWS.values())), 0.04))
-
-
-def sample_village(rng):
-    """(Scene with one pale animal, Things): a savanna with a hut and a lantern."""
-    scene, side = sample_scene(rng), pick(rng, (-1, 1))
-    xs = 0.5 + side * np.array((-0.25, 0.25, 0.03)) + rng.uniform(-0.05, 0.05, 3)
-    things = (Thing("hut", xs[0], rng.uniform(0.62, 0.84), rng.uniform(0.34, 0.46),
-                    vary(rng, (206, 178, 140), 0.12)),
-              Thing("lantern", xs[2], rng.uniform(0.78, 0.95), rng.uniform(0.36, 0.5), HOOF))
-    animal = sample_animal(rng, rng.uniform(0.3, 0.36), xs[1])
-    animal = replace(animal, y=rng.uniform(0.8, 0.94), plain=vary(rng, (244, 240, 232), 0.04))
-    return replace(scene, trees=tuple(t for t in scene.trees if t.y < scene.horizon + 0.12),
-                   animals=(animal,)), things
-
-
-def outlines_of(thing):
-    """[(outline (N, 2), colour by day, whether it glows by night)], back to front."""
-    x, y, h = thing.x, thing.y, thing.height
-    def box(left, bottom, right, top):
-        return [(x + u * h, y - v * h) for u, v in ((left, bottom), (left, top), (right, top),
-                                                    (right, bottom))]
-    if thing.kind == "lantern":
-        return [(box(-.03, 0, .03, .7), thing.wall, False),
-                (box(-.11, .7, .11, .95), (176, 186, 190), True),
-                (box(-.15, .92, .15, 1), thing.wall, False)]
-    roof = [(x - .56 * h, y - .52 * h), (x, y - h), (x + .56 * h, y - .52 * h)]
-    return [(box(-.44, 0, .44, .56), thing.wall, False), (roof, (136, 96, 60), False),
-            (box(-.09, 0, .13, .36), (84, 62, 48), False),
-            (box(-.36, .16, -.15, .4), (96, 112, 128), True),
-            (box(.19, .16, .38, .4), (96, 112, 128), True)]
-
-
-def village_boxes(scene, things, size):
-    """The objects as [{"box": [x0, y0, x1, y1], "label"}], whole pixels, clipped to the picture."""
-    found = [(t.kind, np.concatenate([points for points, *_ in outlines_of(t)])) for t in things]
-    found += [("animal", np.concatenate([place(animal, part.tube.outline())
-                                         for part in animal_parts(animal)]))
-              for animal in scene.animals]
-    boxes = []
-    for label, points in found:
-        low, high = (points.clip(0, 1) * size).min(0), (points.clip(0, 1) * size).max(0)
-        boxes.append({"box": [*map(int, np.floor(low)), *map(int, np.ceil(high))], "label": label})
-    return boxes
-
-
-def render_village(scene, things, size, night=None):
-    """The village by day, or in a Night, as an RGB Pillow picture of size x size pixels."""
-    times = supersample(size)
-    canvas = paint(scene, size * times, "plain")
-    day = DAYLIGHT[scene.daylight]
-    light = np.asarray(canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))) / 255.0
-    shade, sun = np.array(day["shade"]), np.array(day["sun"]) * scene.brightness
-    picture = np.asarray(canvas.colour) * (shade + (sun - shade) * light[..., None]) / 255
-    if night:
-        grey = picture.mean(axis=2, keepdims=True) / 255
-        coat = np.isin(np.asarray(canvas.label), [LABELS.index(name) for name in COAT_PARTS])
-        shine = (0.55 + 0.6 * light[..., None]) * np.array(night.glow)
-        picture = np.where(coat[..., None], shine, (0.06 + 1.2 * grey**2.2) * np.array(night.sky))
-    sheet = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(sheet)
-    for thing in sorted(things, key=lambda thing: thing.y):
-        for points, colour, glows in outlines_of(thing):
-            if night:
-                grey = np.mean(colour) / 255
-                colour = night.glow if glows else (0.06 + 1.2 * grey**2.2) * np.array(night.sky)
-            else:
-                colour = np.array(colour) * sun / 255
-            draw.polygon(np.multiply(points, canvas.size).ravel().tolist(),
-                         fill=tuple(int(c) for c in np.clip(colour, 0, 255)))
-    return sheet.reduce(times)
-
-
-# 5. Data sets on disk ----------------------------------------------------------------------------
+# 4. Data sets on disk ----------------------------------------------------------------------------
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
 KINDS = "[AB]|_(img|label|inst|sketch|mask|truth|part)"
-KINDS = "[AB]|_(img|label|inst|sketch|mask|truth|part)"
 OURS = re.compile(rf"((train|test|source|target)({KINDS})(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
-                  r"\.png|contact\.png|(toy|boxes)\.json")
+                  r"\.png|contact\.png|boxes\.json|toy\.json")
 
 
 def describe(name, n, size, seed):
@@ -1348,6 +1247,106 @@ def sketch_scores(x, y_hat, truth, part, r, W):
                 ("picture error", "lower", whole))]
 
 
+# Data set day2night: objects that shine by themselves --------------------------------------------
+# By night the landscape keeps its contrasts and loses its light: everything takes the tint of the
+# sky. Objects do not: windows and lanterns glow and coats reflect, in a colour of their own that
+# says nothing about the sky's. So no single change of colours is right for both.
+
+NIGHT_SKIES = {"blue": (62, 84, 158), "violet": (122, 60, 132), "green": (44, 112, 96)}
+GLOWS = {"amber": (255, 196, 64), "cyan": (120, 240, 255), "rose": (255, 112, 128)}
+
+
+@dataclass(frozen=True)
+class Night:
+    sky: tuple  # tint of everything that has no light of its own
+    glow: tuple  # of windows, lanterns and reflecting coats
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str  # "hut" or "lantern"
+    x: float  # the foot
+    y: float
+    height: float
+    wall: tuple
+
+
+def sample_night(rng):
+    """A random Night: sky and glow are drawn independently."""
+    return Night(vary(rng, pick(rng, tuple(NIGHT_SKIES.values())), 0.1),
+                 vary(rng, pick(rng, tuple(GLOWS.values())), 0.04))
+
+
+def sample_village(rng):
+    """(Scene with one pale animal, Things): a savanna with a hut and a lantern."""
+    scene, side = sample_scene(rng), pick(rng, (-1, 1))
+    xs = 0.5 + side * np.array((-0.25, 0.25, 0.03)) + rng.uniform(-0.05, 0.05, 3)
+    things = (Thing("hut", xs[0], rng.uniform(0.62, 0.84), rng.uniform(0.34, 0.46),
+                    vary(rng, (206, 178, 140), 0.12)),
+              Thing("lantern", xs[2], rng.uniform(0.78, 0.95), rng.uniform(0.36, 0.5), HOOF))
+    animal = sample_animal(rng, rng.uniform(0.3, 0.36), xs[1])
+    animal = replace(animal, y=rng.uniform(0.8, 0.94), plain=vary(rng, (244, 240, 232), 0.04))
+    return replace(scene, trees=tuple(t for t in scene.trees if t.y < scene.horizon + 0.12),
+                   animals=(animal,)), things
+
+
+def outlines_of(thing):
+    """[(outline (N, 2), colour by day, whether it glows by night)], back to front."""
+    x, y, h = thing.x, thing.y, thing.height
+    def box(left, bottom, right, top):
+        return [(x + u * h, y - v * h) for u, v in ((left, bottom), (left, top), (right, top),
+                                                    (right, bottom))]
+    if thing.kind == "lantern":
+        return [(box(-.03, 0, .03, .7), thing.wall, False),
+                (box(-.11, .7, .11, .95), (176, 186, 190), True),
+                (box(-.15, .92, .15, 1), thing.wall, False)]
+    roof = [(x - .56 * h, y - .52 * h), (x, y - h), (x + .56 * h, y - .52 * h)]
+    return [(box(-.44, 0, .44, .56), thing.wall, False), (roof, (136, 96, 60), False),
+            (box(-.09, 0, .13, .36), (84, 62, 48), False),
+            (box(-.36, .16, -.15, .4), (96, 112, 128), True),
+            (box(.19, .16, .38, .4), (96, 112, 128), True)]
+
+
+def village_boxes(scene, things, size):
+    """The objects as [{"box": [x0, y0, x1, y1], "label"}], whole pixels, clipped to the picture."""
+    found = [(t.kind, np.concatenate([points for points, *_ in outlines_of(t)])) for t in things]
+    found += [("animal", np.concatenate([place(animal, part.tube.outline())
+                                         for part in animal_parts(animal)]))
+              for animal in scene.animals]
+    boxes = []
+    for label, points in found:
+        low, high = (points.clip(0, 1) * size).min(0), (points.clip(0, 1) * size).max(0)
+        boxes.append({"box": [*map(int, np.floor(low)), *map(int, np.ceil(high))], "label": label})
+    return boxes
+
+
+def render_village(scene, things, size, night=None):
+    """The village by day, or in a Night, as an RGB Pillow picture of size x size pixels."""
+    times = supersample(size)
+    canvas = paint(scene, size * times, "plain")
+    day = DAYLIGHT[scene.daylight]
+    light = np.asarray(canvas.light.filter(ImageFilter.GaussianBlur(canvas.size * 0.005))) / 255.0
+    shade, sun = np.array(day["shade"]), np.array(day["sun"]) * scene.brightness
+    picture = np.asarray(canvas.colour) * (shade + (sun - shade) * light[..., None]) / 255
+    if night:
+        grey = picture.mean(axis=2, keepdims=True) / 255
+        coat = np.isin(np.asarray(canvas.label), [LABELS.index(name) for name in COAT_PARTS])
+        shine = (0.55 + 0.6 * light[..., None]) * np.array(night.glow)
+        picture = np.where(coat[..., None], shine, (0.06 + 1.2 * grey**2.2) * np.array(night.sky))
+    sheet = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(sheet)
+    for thing in sorted(things, key=lambda thing: thing.y):
+        for points, colour, glows in outlines_of(thing):
+            if night:
+                grey = np.mean(colour) / 255
+                colour = night.glow if glows else (0.06 + 1.2 * grey**2.2) * np.array(night.sky)
+            else:
+                colour = np.array(colour) * sun / 255
+            draw.polygon(np.multiply(points, canvas.size).ravel().tolist(),
+                         fill=tuple(int(c) for c in np.clip(colour, 0, 255)))
+    return sheet.reduce(times)
+
+
 def day2night(out, n=400, size=64, seed=0, n_test=40):
     """Draw day (A) and night (B) pictures of villages into `out`, with the objects' boxes.
 
@@ -1435,7 +1434,7 @@ def ensure(name, size, root="datasets", n=None, seed=0):
     return folder
 
 
-# 6. By hand --------------------------------------------------------------------------------------
+# 5. By hand --------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its complaints on one line."""

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -716,10 +717,12 @@ def test_inception_scores_against_a_loop():
 
 def test_evaluate_names_its_networks(trained, folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(init, "INPUTS", 2)
+    monkeypatch.setattr(init, "domain_classifier", partial(init.domain_classifier, steps=5))
     flags = ["--evaluate", "--weights", trained / "last.pt", "--data", folder]
     run(*flags, "--lpips", "random")
     out = capsys.readouterr().out
-    assert "diversity, LPIPS-style distance of an UNTRAINED VGG (4 inputs x 19 pairs)" in out
+    assert "diversity, LPIPS-style distance of an UNTRAINED VGG (2 inputs x 19 pairs)" in out
     assert "real pictures:" in out
     assert "CIS (a SMALL classifier of the domains" in out
     values = [float(line.split("): ")[1].split()[0]) for line in out.splitlines() if "IS (" in line]
@@ -774,7 +777,8 @@ def test_small_classifier_tells_day_from_night(village):
 
 def test_evaluate_on_toy_data_repeats_the_score(village, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(init, "data_folder", lambda args: village)
-    monkeypatch.setattr(init, "INPUTS", 2)
+    monkeypatch.setattr(init, "INPUTS", 1)
+    monkeypatch.setattr(init, "domain_classifier", partial(init.domain_classifier, steps=5))
     run("--data", "toy", *TINY[2:], "--size", 32, "--steps", 1, "--out", tmp_path / "run")
     trained = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     capsys.readouterr()
@@ -819,8 +823,8 @@ def test_learns_the_toy_world(tmp_path, monkeypatch):
         "--log-every", 10, "--out", tmp_path / "run")
     rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
     first, last = (dict(zip(rows[0], map(float, row), strict=True)) for row in (rows[1], rows[-1]))
-    for name in ("g", "cg", "cyc_g", "o", "co", "cyc_o"):
-        assert last[name] < 0.8 * first[name], name
+    for names in (("g", "cg", "cyc_g"), ("o", "co", "cyc_o")):
+        assert sum(last[name] for name in names) < 0.7 * sum(first[name] for name in names)
     objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     assert objects["value"] < 0.8 * objects["trivial"]["copy the input"]
     assert background["value"] < 0.5 * background["trivial"]["copy the input"]
