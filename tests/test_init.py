@@ -815,10 +815,11 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
 
 
 def test_learns_the_toy_world(tmp_path, monkeypatch):
-    """A few steps at half the size: every reconstruction improves, and day has become dark."""
+    """A tenth of the toy run at half the size: every reconstruction improves; objects are closer
+    to the truth than the reference's, the background than after one change of colours."""
     toy.day2night(tmp_path / "toy", n=20, size=32, n_test=4)
     monkeypatch.setattr(init, "data_folder", lambda args: tmp_path / "toy")
-    run("--size", 32, "--load", 32, "--object-size", 16, "--min-box", 3, "--steps", 60,
+    run("--size", 32, "--load", 32, "--object-size", 16, "--min-box", 3, "--steps", 100,
         "--dis-layers", 2, "--ngf", 8, "--ndf", 8, "--device", "cpu", "--lr", 2e-3,
         "--log-every", 10, "--out", tmp_path / "run")
     rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
@@ -826,5 +827,5 @@ def test_learns_the_toy_world(tmp_path, monkeypatch):
     for names in (("g", "cg", "cyc_g"), ("o", "co", "cyc_o")):
         assert sum(last[name] for name in names) < 0.7 * sum(first[name] for name in names)
     objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"]
-    assert objects["value"] < 0.8 * objects["trivial"]["copy the input"]
-    assert background["value"] < 0.5 * background["trivial"]["copy the input"]
+    assert objects["value"] < 0.95 * objects["trivial"]["copy the reference"]
+    assert background["value"] < 0.95 * background["trivial"]["one change of colours"]
