@@ -47,7 +47,7 @@ CHOICES      No code was released; where the text is silent or contradicts itsel
              Adam's decays are pix2pix's; D learns first; rates are constant; no augmentation.
 
 USAGE        python segin.py                                   # toy world, a score at the end
-             python segin.py --data edges2shoes                # train/ val/ of side-by-side pairs
+             python segin.py --data edges2shoes      # a folder: train/ val/ of side-by-side pairs
              python segin.py --translate sketch.png --exemplar photo.jpg --weights FILE
              python segin.py --figure match                    # Fig. 3: what matched what
              python segin.py --ablation all                    # Tab. II
