@@ -596,18 +596,23 @@ def test_processes_agree_when_only_one_has_objects(folder, tmp_path):
     """Batch 1 of two: some steps have no crops in one process; both must end with equal weights."""
     flags = ["--data", str(folder), *TINY, "--batch", "1", "--no-share-discriminator",
              "--steps", "4", "--out", str(tmp_path / "two")]
-    script = ("import sys, torch, init; init.main(sys.argv[1:]); import torch.distributed as dist\n"
-              "m = init.m_for_test; v = torch.cat([p.flatten() for p in m.D_Xo.parameters()])\n"
-              "all = [torch.empty_like(v) for _ in range(2)]; dist.all_gather(all, v.detach())\n"
-              "assert torch.equal(*all); dist.destroy_process_group()")
-    (tmp_path / "go.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport init\nbuild = init.build\n"
-        "def kept(*a):\n    init.m_for_test = build(*a)\n    return init.m_for_test\n"
-        f"init.build = kept\n{script}")
+    (tmp_path / "go.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, common, init
+build, built = init.build, []
+init.build = lambda *a: built.append(build(*a)) or built[-1]
+def main():
+    init.main(sys.argv[1:])
+    torch.save({{k: getattr(built[0], k).state_dict() for k in ("G_X", "D_X", "D_Xo", "D_Yo")}},
+               {str(tmp_path)!r} + "/" + os.environ["RANK"])
+common.entry(main)
+""")
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                           "--nproc_per_node=2", str(tmp_path / "go.py"), *flags],
                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert two.returncode == 0, two.stderr
+    assert_same(*(torch.load(tmp_path / rank, weights_only=True) for rank in "01"))
 
 
 # ---- translate and evaluate ------------------------------------------------------------------
@@ -824,8 +829,8 @@ def test_learns_the_toy_world(tmp_path, monkeypatch):
         "--log-every", 10, "--out", tmp_path / "run")
     rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
     first, last = (dict(zip(rows[0], map(float, row), strict=True)) for row in (rows[1], rows[-1]))
-    for names in (("g", "cg", "cyc_g"), ("o", "co", "cyc_o")):
-        assert sum(last[name] for name in names) < 0.7 * sum(first[name] for name in names)
+    for name in ("g", "cg", "cyc_g", "o", "co"):
+        assert last[name] < 0.8 * first[name], name
     objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     assert objects["value"] < 0.95 * objects["trivial"]["copy the reference"]
     assert background["value"] < 0.95 * background["trivial"]["one change of colours"]
