@@ -40,8 +40,8 @@ USAGE        python cyclegan.py                                   # toy world, s
              python cyclegan.py --translate photo.jpg --weights runs/cyclegan-horse2zebra/last.pt
              python cyclegan.py --translate zebra.jpg --weights FILE --direction BtoA  # with F
              python cyclegan.py --ablation all                    # Fig. 3.7: why both terms?
-EXPECT       python cyclegan.py: about 8 minutes of one CPU core; x to y: coat error about 21
-             (copying the input 59), background error about 17 (mean colour 41); F(G(x)) about 14.
+EXPECT       python cyclegan.py: about 3.5 minutes on two CPU cores; x to y: coat error 20 to 23
+             (copying the input 59), background 17 to 20 (mean colour 41); F(G(x)) about 14.
 """
 
 import argparse
