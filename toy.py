@@ -30,6 +30,10 @@ DATA SETS (in the layout of the real one of the same name)
     sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
                         background. Each part has its own colour. test_truth: the test sketch in
                         the colours of the next test picture, part by part; test_part: the parts.
+    digits_single       trainA trainB testA testB: digits in two colours; testAB/0007.png shows the
+                        digit of testA/0007.png in the colours of testB/0007.png, testBA the
+                        reverse. The rules of MNIST-Single, on digits of Pillow's built-in font.
+    digits_multiple     the same with ten digits on a board, by the rules of MNIST-Multiple.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -550,7 +554,7 @@ def coat_mask(scene, size):
 # 4. Data sets on disk ----------------------------------------------------------------------------
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
-KINDS = "[AB]|_(img|label|inst|sketch|mask|truth|part)"
+KINDS = "[AB]|AB|BA|_(img|label|inst|sketch|mask|truth|part)"
 OURS = re.compile(rf"((train|test|source|target)({KINDS})(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
                   r"\.png|contact\.png|boxes\.json|toy\.json")
 
@@ -1404,11 +1408,156 @@ def night_scores(x, reference, y_hat, y, boxes):
             for name, where in (("object error", inside), ("background error", ~inside))]
 
 
+# ---- digits: MNIST-Single and MNIST-Multiple (Ma et al., ICLR 2019), on any digits ---------------
+# A digit is a mask: True where there is ink. Both the toy sets and the real ones use these rules.
+
+GREYS = np.array([(0, 0, 0), (255, 255, 255)], np.uint8)
+PRIMARIES = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)
+INKS_AND_PAPERS = np.array([(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)])  # into PRIMARIES
+CELLS = 4  # a board has 4 x 4 of them
+
+
+def digit_colours(labels, domain, split, rng):
+    """Colours of single digits: labels (N,) -> ink, paper, two arrays (N, 3) of bytes.
+
+    Domain "A": black on white or white on black. "B": two different ones of red, green and blue;
+    but in the split "train" the digits 5 to 9 are always red on green.
+    """
+    if domain == "A":
+        ink = rng.integers(2, size=len(labels))
+        return GREYS[ink], GREYS[1 - ink]
+    pair = rng.integers(len(INKS_AND_PAPERS), size=len(labels))
+    if split == "train":
+        pair = np.where(np.asarray(labels) >= 5, 0, pair)
+    return tuple(PRIMARIES[INKS_AND_PAPERS[pair]].swapaxes(0, 1))
+
+
+def paint_digits(masks, ink, paper):
+    """Masks (N, H, W), ink and paper (N, 3) -> pictures of two colours each, (N, H, W, 3) bytes."""
+    return np.where(masks[..., None], ink[:, None, None], paper[:, None, None])
+
+
+def board_colours(domain, rng):
+    """Colours of one board: inks (10, 3), one per digit class, and paper (3,), bytes.
+
+    Domain "A": all ink black and the paper white, or the reverse. "B": the paper black or white;
+    class k has the hue k / 10, with saturation and value 0.5, each changed by up to 40 %.
+    """
+    paper = rng.integers(2)
+    if domain == "A":
+        return np.repeat(GREYS[1 - paper][None], 10, axis=0), GREYS[paper]
+    inks = [colorsys.hsv_to_rgb(k / 10, *(0.5 * rng.uniform(0.6, 1.4, 2))) for k in range(10)]
+    return np.round(np.array(inks) * 255).astype(np.uint8), GREYS[paper]
+
+
+def board_layout(members, rng):
+    """A board without colours: which mask shows class k, and in which cell: two arrays (10,).
+
+    members: for each class, the indices of the masks that show it.
+    """
+    return (np.array([rng.choice(indices) for indices in members]),
+            rng.permutation(CELLS**2)[:10])
+
+
+def paint_board(masks, layout, inks, paper):
+    """masks (N, h, w), a `board_layout` and its `board_colours` -> (4 h, 4 w, 3) bytes."""
+    h, w = masks.shape[1:]
+    board = np.tile(paper, (CELLS * h, CELLS * w, 1))
+    for index, cell, ink in zip(*layout, inks, strict=True):
+        row, column = divmod(cell, CELLS)
+        board[row * h:(row + 1) * h, column * w:(column + 1) * w][masks[index]] = ink
+    return board
+
+
+def drawn_digits(n, size, rng):
+    """n digits of Pillow's built-in font, as varied as handwriting: masks (n, size, size), labels.
+
+    Size, weight, slant, width, rotation and place vary. The labels go 0, 1, ..., 9, 0, ...
+    """
+    masks, times = np.zeros((n, size, size), dtype=bool), 4
+    for i in range(n):
+        side = size * times
+        letter = Image.new("L", (side, side))
+        font = ImageFont.load_default(rng.uniform(0.8, 1.05) * side)
+        ImageDraw.Draw(letter).text((side / 2, side / 2), str(i % 10), 255, font, anchor="mm",
+                                    stroke_width=round(rng.uniform(0, 0.045) * side))
+        turn, slant = rng.uniform(-0.3, 0.3), rng.uniform(-0.25, 0.25)
+        cos, sin = math.cos(turn), math.sin(turn)
+        back = np.array([(cos, -sin), (sin, cos)]) @ [(1 / rng.uniform(0.7, 1.15), slant), (0, 1)]
+        middle = side / 2 + rng.uniform(-0.07, 0.07, 2) * side
+        shift = side / 2 - back @ middle
+        letter = letter.transform((side, side), Image.AFFINE,
+                                  (*back[0], shift[0], *back[1], shift[1]), Image.BILINEAR)
+        masks[i] = np.asarray(letter.reduce(times)) > 127.5
+    return masks, np.arange(n) % 10
+
+
+def digits_single(out, n=2000, size=28, seed=0, n_test=200):
+    """Draw the toy MNIST-Single into the folder `out`, like `horse2zebra`.
+
+    Nothing in A matches anything in B; testAB and testBA hold the true translations of testA with
+    the exemplar of the same name in testB, and the reverse.
+    """
+    if n_test < 1:
+        raise ValueError(f"n_test is {n_test}, expected at least 1")
+
+    def pictures(split, count, stream):
+        masks, colours = {}, {}
+        for domain in "AB":
+            rng = np.random.default_rng([seed, stream, "AB".index(domain)])
+            masks[domain], labels = drawn_digits(count, size, rng)
+            colours[domain] = digit_colours(labels, domain, split, rng)
+            order = rng.permutation(count)
+            masks[domain] = masks[domain][order]
+            colours[domain] = [c[order] for c in colours[domain]]
+        for shape, style in ("AA", "BB", "AB", "BA") if split == "test" else ("AA", "BB"):
+            name = shape if shape == style else shape + style
+            yield split + name, paint_digits(masks[shape], *colours[style])
+
+    draw_digits(out, describe("digits_single", n, size, seed),
+                lambda: [*pictures("train", n, 20), *pictures("test", n_test, 21)])
+
+
+def digits_multiple(out, n=600, size=112, seed=0, n_test=60):
+    """Draw the toy MNIST-Multiple into the folder `out`, like `digits_single`."""
+    if n_test < 1 or size % CELLS:
+        raise ValueError(f"n_test is {n_test} and size {size}, expected at least 1 and a multiple "
+                         f"of {CELLS}")
+
+    def pictures(split, count, stream):
+        rng = np.random.default_rng([seed, stream])
+        masks, labels = drawn_digits(400, size // CELLS, rng)
+        members = [np.flatnonzero(labels == k) for k in range(10)]
+        boards = [{d: (board_layout(members, rng), *board_colours(d, rng)) for d in "AB"}
+                  for _ in range(count)]
+        for shape, style in ("AA", "BB", "AB", "BA") if split == "test" else ("AA", "BB"):
+            name = shape if shape == style else shape + style
+            yield split + name, [paint_board(masks, b[shape][0], *b[style][1:]) for b in boards]
+
+    draw_digits(out, describe("digits_multiple", n, size, seed),
+                lambda: [*pictures("train", n, 22), *pictures("test", n_test, 23)])
+
+
+def draw_digits(out, description, folders):
+    """Fill `out` with the (sub-folder, pictures) pairs that the function `folders` returns."""
+    captions = {"trainA": "black and white", "trainB": "colours, other digits",
+                "testA": "black and white", "testB": "exemplars, other digits",
+                "testAB": "testA in the colours of testB", "testBA": "testB in those of testA"}
+    with published(out, description) as folder:
+        for sub, pictures in folders():
+            (folder / sub).mkdir()
+            for i, picture in enumerate(pictures):
+                Image.fromarray(picture).save(folder / sub / f"{i:04d}.png")
+        contact_sheet(folder, list(captions.items()), folder / "contact.png")
+
+
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
             "synthetic2real": synthetic2real, "scenes": scenes, "clips": clips,
-            "sketches": sketches, "day2night": day2night}
+            "sketches": sketches, "day2night": day2night, "digits_single": digits_single,
+            "digits_multiple": digits_multiple}
 DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600,
-             "clips": 40, "sketches": 400, "day2night": 400}
+             "clips": 40, "sketches": 400, "day2night": 400, "digits_single": 2000,
+             "digits_multiple": 600}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
