@@ -1,0 +1,1104 @@
+"""EGSC-IT: translate a picture into the other domain, in the style of one exemplar of it.
+
+Content is what two domains share, style is what an exemplar has. Each domain has an encoder and a
+generator; the encoders' last block and the generators' first are shared, so that both domains
+speak of content in one code, c. The exemplar enters as the mean and deviation of its features, by
+AdaIN, between c and the generator. So that the styles of different things do not mix, c is first
+multiplied by a soft mask: channels that respond to sky then carry the style of sky. The networks F
+that give masks and style are pre-trained, one per domain, in a VAE-GAN of its own, and frozen.
+
+L. Ma, X. Jia, S. Georgoulis, T. Tuytelaars, L. Van Gool, "Exemplar Guided Unsupervised
+Image-to-Image Translation with Semantic Consistency", ICLR 2019 (arXiv 1805.11145).
+
+SYMBOLS      paper                here               shape
+             x_A, x_B             x_A, x_B           (B, 3, H, W) in [-1, 1], unpaired
+             E_A, E_B             E_A, E_B, E_last   -> mu (B, C, h, w); E_last is shared
+             c_A                  c                  G_first(mu + noise), shared too
+             G_A, G_B             G_A, G_B           (B, C, h, w) -> (B, 3, H, W)
+             F_A, f_A             F_A, f_A           frozen; (B, C, h, w)
+             m_A, eta             feature_mask       (1 - eta) sigma(f_A) + eta; eta = 0.5
+             gamma_B, beta_B      style              each (B, C, 1, 1)
+             x_AA, x_AB           x_AA, x_AB         reconstruction, translation; x_ABA: cycle
+             phi, Gram            V, gram            five maps (B, C_i, H_i W_i); (B, C_i, C_i)
+
+OBJECTIVE    Eq. (1)  gamma_B = delta(f_B), beta_B = mu(f_B)
+             Eq. (2)  AdaIN(c_A, gamma_B, beta_B) = gamma_B (c_A - mu(c_A)) / delta(c_A) + beta_B,
+                      used on m_A * c_A
+             Eq. (3)  L = L_VAE + L_GAN + L_CC of both domains (UNIT's) + L_P
+             Eq. (4)  L_P = lambda_c L_c + lambda_s L_s of both directions
+             Eq. (5)  L_c = E |phi(x_AB) - phi(x_A)|_1, L_s = E |Gram(x_AB) - Gram(x_B)|_1
+
+CHOICES      where the paper is silent or differs from its authors' released code:
+             delta is called variance; AdaIN as it is known takes the deviation: so here. The code
+             scales by the mean of f, shifts by its variance, divides by c's: --adain released.
+             phi: every VGG channel divided by its L2 norm over the picture (code); without it the
+             published weights mean nothing. Gram over H W. L_c weighs relu1_1 ... relu5_1 by i/5.
+             UNIT's losses, weights and least squares are the code's; |.|_1 is a mean; KL is
+             mean(mu^2): the code's z has the noise in it, which adds a constant.
+             Noise in z only in training (code: also in use). Masks and style of a cycle are those
+             of the original picture (code). A pair is drawn afresh each time (code: kept).
+             One D update per 5 of G (code), on pictures that G has just made (code: on others).
+             D's LeakyReLUs are where one expects them (code: some twice, and on the logit).
+             Digits are not mirrored or cropped; streets and faces are (code: all).
+
+SSIM         Tab. 2 compares x_AB with the *exemplar* x_B, which shows another digit, and x_BA with
+             x_A. Perfect translations score 0.484 and 0.226 there, the exemplar itself 1. Here:
+             also SSIM to the true translation, and which share of ink and paper has its colour.
+
+USAGE        python egscit.py                                  # toy digits, scores at the end
+             python egscit.py --data mnist-single [--small]    # --small: sized for a CPU
+             python egscit.py --data streets --task street     # trainA trainB testA testB
+             python egscit.py --translate x.jpg --exemplar y.jpg --direction AtoB --weights last.pt
+             python egscit.py --ablation all                   # Tab. 2
+             python egscit.py --figure masks --weights last.pt # or embedding: Fig. 5
+EXPECT       TODO
+"""
+
+import argparse
+import functools
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+import common
+import toy
+from common import VGG19, Run, UserError, mean_std
+
+LAYOUT = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
+
+# =============================================================================================
+# 1. Configuration
+# =============================================================================================
+
+DIGITS = {"toy": "single", "toy-multiple": "multiple",
+          "mnist-single": "single", "mnist-multiple": "multiple"}
+TASKS = {  # Sec. 4; weights, sizes and rates are in the authors' scripts only
+    "mnist-single": {"size": 28, "downs": 0, "lr": 1e-5, "lambda_c": 10.0, "lambda_s": 1e3},
+    "mnist-multiple": {"size": 112, "lr": 1e-5, "lambda_c": 100.0, "lambda_s": 1e4},
+    "street": {"size": 512, "height": 256, "batch": 3, "lambda_c": 100.0, "lambda_s": 1e4,
+               "mirror": True, "zoom": 0.8},
+    "faces": {"size": 128, "lambda_c": 10.0, "lambda_s": 5e3, "mirror": True, "zoom": 0.8},
+}
+ABLATIONS = {  # Tab. 2
+    "none": {},
+    "mask": {"eta": 1.0},
+    "adain": {"adain": "off"},
+    "L_P": {"lambda_c": 0.0, "lambda_s": 0.0},
+}
+# WHY lambda_KL 2: a narrow network in a short run would write the colours into c, where AdaIN does
+# not reach them; a dearer code leaves them to the style, which has them for free.
+SMALL = {"batch": 8, "steps": 3000, "pretrain": 300, "g_updates": 1, "lr": 1e-3, "ngf": 16,
+         "ndf": 32, "d_layers": 3, "d_norm": False, "init": "xavier", "lambda_GAN": 30.0,
+         "lambda_KL": 2.0, "lambda_c": 2.0, "vgg": "digits", "amp": True, "workers": 0,
+         "sample_every": 500}
+SMALL_BOARDS = SMALL | {"batch": 4, "lambda_c": 20.0, "lambda_s": 1e4}
+
+
+def get_args(argv=None):
+    """Flags in layers: the code's defaults < task < --small < --ablation < checkpoint < command."""
+    p = common.base_parser(__doc__)
+    add, switch = p.add_argument, argparse.BooleanOptionalAction
+    add("--task", choices=list(TASKS), default=None,
+        help="whose sizes and weights (Sec. 4); digits: those of --data, else street")
+    add("--small", action=switch, default=False, help="digits: the toy run's settings, for a CPU")
+    add("--mnist-root", default="datasets", metavar="DIR", help="torchvision's MNIST: where")
+    add("--ablation", choices=[*ABLATIONS, "all"], default="none",
+        help="Tab. 2: what to leave out; all: each in turn, with a table and a strip")
+    add("--size", type=int, default=512, help="width of a training picture (code)")
+    add("--height", type=int, default=None, help="its height (--size if not given)")
+    add("--mirror", action=switch, default=False, help="mirror training pictures at random (code)")
+    add("--zoom", type=float, default=1.0, help="least side of crops, at p = 1/2 (code: 0.8)")
+    add("--batch", type=int, default=8, help="pictures of each domain per step and process (code)")
+    add("--steps", type=int, default=300_000, help="updates of G (code: 5 x 60,000 on digits)")
+    add("--pretrain", type=int, default=60_000, help="updates of stage 1, which gives F (code)")
+    add("--features", default=None, metavar="FILE",
+        help="skip stage 1: take F_A, F_B (and V, if trained here) from this last.pt")
+    add("--g-updates", type=int, default=5, help="updates of G for one of D in stage 2 (code)")
+    add("--lr", type=float, default=1e-4, help="Adam's rate, times (1 - t/T)^0.9 (code)")
+    add("--ngf", type=int, default=64, help="width of E, G and F (code)")
+    add("--ndf", type=int, default=64, help="width of D (code)")
+    add("--d-layers", type=int, default=4, help="stride-2 layers of D (code)")
+    add("--d-norm", action=switch, default=True, help="instance norm in D (code); UNIT has none")
+    add("--downs", type=int, default=2, help="stride-2 layers of E, G and F (code: 0 for 28x28)")
+    add("--blocks", type=int, default=3, help="residual blocks of E, G and F, shared ones aside")
+    add("--init", choices=["released", "xavier"], default="released",
+        help="first weights: N(0, 0.02^2) cut at 0.04, D xavier (code); or all of them xavier")
+    add("--eta", type=float, default=0.5, help="Sec. 3.1: least value of a mask (code); 1: no mask")
+    add("--adain", choices=["paper", "released", "off"], default="paper", help="Eq. (2): CHOICES")
+    add("--lambda-GAN", type=float, default=10.0, help="UNIT's weight of L_GAN")
+    add("--lambda-KL", type=float, default=0.1, help="UNIT's weight of the KL terms")
+    add("--lambda-rec", type=float, default=100.0, help="UNIT's weight of reconstruction")
+    add("--lambda-cyc", type=float, default=100.0, help="UNIT's weight of the cycle")
+    add("--lambda-c", type=float, default=10.0, help="Eq. (4): content (code: by task)")
+    add("--lambda-s", type=float, default=1e3, help="Eq. (4): style (code: by task)")
+    add("--vgg", default="imagenet", help="phi: imagenet, random, or a file of VGG-19 weights; or "
+                                          "digits: a small one trained here to name digits")
+    add("--exemplar", default=None, metavar="PATH", help="with --translate: picture of the style")
+    add("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="with --translate")
+    add("--figure", choices=["masks", "embedding"], default=None,
+        help="from --weights: feature masks, or Fig. 5 by PCA (pictures and translations)")
+
+    def presets(args):
+        single = DIGITS.get(args.data) == "single"
+        task = args.task or ("street" if args.data not in DIGITS else
+                             "mnist-single" if single else "mnist-multiple")
+        small = (SMALL if single else SMALL_BOARDS) if args.small or "toy" in args.data else {}
+        return TASKS[task] | (small if args.data in DIGITS else {}) | ABLATIONS.get(
+            args.ablation, {})
+
+    args = common.parse_flags(p, argv, "egscit", presets, run_name)
+    args.height = args.height or args.size
+    for name in ("size", "height"):
+        value = getattr(args, name)
+        if value < 16 or value % 2**args.downs:
+            raise UserError(f"--{name} {value}: must be at least 16 and a multiple of "
+                            f"{2**args.downs}")
+    for name, low, high in (("eta", 0, 1), ("zoom", 0.1, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
+    if args.g_updates < 1 or args.pretrain < 1:
+        raise UserError("--g-updates and --pretrain: must be at least 1")
+    if args.vgg == "digits" and args.data not in DIGITS:
+        raise UserError(f"--vgg digits: for {', '.join(DIGITS)} only, not for --data {args.data}")
+    return args
+
+
+def run_name(args):
+    ablation = "" if args.ablation == "none" else f"-{args.ablation}"
+    return f"egscit-{Path(args.data).name}{ablation}"
+
+
+# =============================================================================================
+# 2. Networks
+# =============================================================================================
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x))), no normalisation; (B, C, H, W) -> same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Encoder(nn.Module):
+    """E_A, E_B without the shared block; F_A, F_B. x (B, 3, H, W) -> (B, C, h, w).
+
+    C = ngf 2^downs, h = H / 2^downs. 231,040 parameters for 28x28, 3,918,976 with two `downs`.
+    """
+
+    def __init__(self, ngf=64, downs=2, blocks=3):
+        super().__init__()
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7), nn.LeakyReLU(0.2, inplace=True)]
+        for i in range(downs):
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(ngf * 2**i, ngf * 2**(i + 1), 3, 2),
+                       nn.LeakyReLU(0.2, inplace=True)]
+        self.layers = nn.Sequential(*layers, *[ResidualBlock(ngf * 2**downs)
+                                               for _ in range(blocks)])
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Generator(nn.Module):
+    """G_A, G_B without the shared block: (B, C, h, w) -> (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, ngf=64, downs=2, blocks=3):
+        super().__init__()
+        layers = [ResidualBlock(ngf * 2**downs) for _ in range(blocks)]
+        for i in range(downs, 0, -1):  # Sec. 3.2: transposed convolutions
+            layers += [nn.ConvTranspose2d(ngf * 2**i, ngf * 2**(i - 1), 3, 2, 1, 1),
+                       nn.LeakyReLU(0.2, inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(ngf, 3, 1), nn.Tanh())
+
+    def forward(self, c):
+        return self.layers(c)
+
+
+class Discriminator(nn.Module):
+    """D_A, D_B: x (B, 3, H, W) -> logits (B, 1, H/16, W/16), rounded up; 2,758,849 parameters."""
+
+    def __init__(self, ndf=64, layers=4, norm=True):
+        super().__init__()
+        widths = [3] + [ndf * 2**i for i in range(layers)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 4, 2),
+                          *([nn.GroupNorm(b, b)] if i > 0 and norm else []),  # instance norm
+                          nn.LeakyReLU(0.2, inplace=True))
+            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
+        self.logit = nn.Conv2d(widths[-1], 1, 1)
+
+    def forward(self, x):
+        for stage in self.stages:  # WHY: one more row and column for odd sizes, or 28x28 would end
+            h, w = x.shape[2:]     # as 1x1, which instance norm turns into nothing: 14, 7, 4, 2
+            x = stage(F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2)))
+        return self.logit(x)
+
+
+class VAE(nn.Module):
+    """Stage 1: x -> (reconstruction, mu). Only F is kept (Sec. 3.3)."""
+
+    def __init__(self, ngf=64, downs=2, blocks=3):
+        super().__init__()
+        self.F = Encoder(ngf, downs, blocks)
+        self.E_last, self.G_first = (ResidualBlock(ngf * 2**downs) for _ in range(2))
+        self.G = Generator(ngf, downs, blocks)
+
+    def forward(self, x):
+        mu = self.E_last(self.F(x))
+        return self.G(self.G_first(mu + torch.randn_like(mu))), mu
+
+
+class DigitVGG(nn.Module):
+    """A small stand-in for VGG-19 with taps of the same names: x (B, 3, H, W) -> {tap: map}.
+
+    It learns (`train_digit_vgg`) to name the digit and the colours of ink and paper, as VGG-19
+    has learned ImageNet's labels: then its maps tell shapes and colours apart, and L_P can.
+    """
+
+    def __init__(self, width=16):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 4 * width, 4 * width]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*([nn.MaxPool2d(2, ceil_mode=True)] if i else []),
+                          nn.Conv2d(a, b, 3, padding=1), nn.ReLU())
+            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
+        self.head = nn.Linear(widths[-1], 10 + 3 + 3)
+
+    def forward(self, x):
+        found = {}
+        for i, stage in enumerate(self.stages, start=1):
+            found[f"relu{i}_1"] = x = stage(x)
+        return found
+
+    def names(self, x):
+        """Logits (B, 10) of the digit, (B, 3) each of red, green, blue in the ink, the paper."""
+        return self.head(self.forward(x)["relu5_1"].mean(dim=(2, 3))).split([10, 3, 3], dim=1)
+
+
+TRANSLATOR = ("E_A", "E_B", "E_last", "G_first", "G_A", "G_B")
+
+
+def build(args, device):
+    """Stage 2: the translator, both D, their Adams, the frozen F_A, F_B, and V (None if unused)."""
+    torch.manual_seed(args.seed)
+    shape, C = (args.ngf, args.downs, args.blocks), args.ngf * 2**args.downs
+    nets = {"E_A": Encoder(*shape), "E_B": Encoder(*shape), "E_last": ResidualBlock(C),
+            "G_first": ResidualBlock(C), "G_A": Generator(*shape), "G_B": Generator(*shape),
+            "D_A": Discriminator(args.ndf, args.d_layers, args.d_norm),
+            "D_B": Discriminator(args.ndf, args.d_layers, args.d_norm),
+            "F_A": Encoder(*shape), "F_B": Encoder(*shape)}
+    m = with_optimisers(nets, [nets[name] for name in TRANSLATOR], args, device)
+    m.F_A.requires_grad_(False)
+    m.F_B.requires_grad_(False)
+    m.V = None
+    if args.lambda_c > 0 or args.lambda_s > 0:
+        taps = [f"relu{i}_1" for i in range(1, 6)]                           # Sec. 3.3
+        m.V = DigitVGG() if args.vgg == "digits" else VGG19(taps, args.vgg, ceil_mode=True)
+        m.V.to(device, memory_format=layout(args)).requires_grad_(False)
+        if args.compile:
+            m.V.forward = torch.compile(m.V.forward)
+    return m
+
+
+def build_vaes(args, device):
+    """Stage 1: a VAE-GAN per domain, V_A and V_B with D_A and D_B; the two share nothing."""
+    torch.manual_seed(common.mix(args.seed, "stage 1"))
+    shape = args.ngf, args.downs, args.blocks
+    nets = {"V_A": VAE(*shape), "V_B": VAE(*shape),
+            "D_A": Discriminator(args.ndf, args.d_layers, args.d_norm),
+            "D_B": Discriminator(args.ndf, args.d_layers, args.d_norm)}
+    return with_optimisers(nets, [nets["V_A"], nets["V_B"]], args, device)
+
+
+def with_optimisers(nets, generators, args, device):
+    """Initialise nets, place them, and add opt_G for `generators` and opt_D for D_A and D_B."""
+    for net in nets.values():
+        if args.init == "xavier" or isinstance(net, Discriminator):
+            common.init_weights(net, "xavier", 1.0)
+        else:
+            for p in net.parameters():
+                if p.dim() == 1:
+                    nn.init.zeros_(p)
+                else:
+                    nn.init.trunc_normal_(p, 0, 0.02, -0.04, 0.04)
+        net.to(device, memory_format=layout(args))
+        if args.compile:
+            net.forward = torch.compile(net.forward)
+    adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.999),
+                             fused=device.type in ("cuda", "cpu"))
+    return SimpleNamespace(**nets, opt_G=adam([p for net in generators for p in net.parameters()]),
+                           opt_D=adam([*nets["D_A"].parameters(), *nets["D_B"].parameters()]))
+
+
+def layout(args):
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+# =============================================================================================
+# 3. Masks, AdaIN, losses
+# =============================================================================================
+
+
+def feature_mask(f, eta):
+    """Sec. 3.1: m = (1 - eta) sigma(f) + eta, in (eta, 1), for f (B, C, h, w)."""
+    return (1 - eta) * torch.sigmoid(f) + eta
+
+
+def stylise(c, f_content, f_style, args):
+    """AdaIN(m * c, gamma, beta): the mask from the content's picture, the style from the other's.
+
+    All (B, C, h, w); f_style may have another size.
+    """
+    c, f_style = common.full(c), common.full(f_style)
+    if args.eta < 1:
+        c = feature_mask(common.full(f_content), args.eta) * c
+    if args.adain == "paper":
+        beta, gamma = mean_std(f_style)                                     # Eq. (1)
+        return common.adain(c, beta, gamma)                                 # Eq. (2)
+    if args.adain == "released":  # CHOICE (code): the parts of mean and variance are exchanged
+        var_f, mean_f = torch.var_mean(f_style, dim=(2, 3), correction=0, keepdim=True)
+        var_c, mean_c = torch.var_mean(c, dim=(2, 3), correction=0, keepdim=True)
+        return mean_f * (c - mean_c) / (var_c + 1e-5) + var_f
+    return c
+
+
+def l1(a, b):
+    """Mean |a - b|: reconstruction of a VAE and of a cycle."""
+    return (common.full(a) - b).abs().mean()
+
+
+def kl(mu):
+    """KL divergence of N(mu, I) from N(0, I), a mean over all, without UNIT's constant 1/2."""
+    return common.full(mu).square().mean()
+
+
+def phi(V, x):
+    """Five maps (B, C_i, H_i W_i) of V, each channel divided by its L2 norm over the picture.
+
+    WHY 1e-6: a channel that is dead in a picture stays zero.
+    """
+    return [F.normalize(common.full(f).flatten(2), dim=2, eps=1e-6) for f in V(x).values()]
+
+
+def gram(f):
+    """(B, C, n) -> (B, C, C): inner products of channels over n, the number of places."""
+    return f @ f.transpose(1, 2) / f.shape[2]
+
+
+def content_loss(phi_AB, phi_A):
+    """L_c of Eq. (5): L1 distances of the maps, the deeper the more: weights 1/5, 2/5, ..., 1."""
+    n = len(phi_AB)
+    return sum(i / n * (a - b).abs().mean()
+               for i, (a, b) in enumerate(zip(phi_AB, phi_A, strict=True), start=1))  # Eq. (5)
+
+
+def style_loss(phi_AB, gram_B):
+    """L_s of Eq. (5): L1 distances of Gram matrices; gram_B are the exemplar's."""
+    return sum((gram(a) - b).abs().mean() for a, b in zip(phi_AB, gram_B, strict=True))  # Eq. (5)
+
+
+# =============================================================================================
+# 4. Data
+# =============================================================================================
+
+# A domain has a length and picture(i, rng): its i-th training picture, (3, H, W) in [-1, 1].
+
+
+class Pictures:
+    """A domain that fits into memory: bytes (N, H, W, 3)."""
+
+    def __init__(self, array):
+        self.array = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 3, 1)))
+
+    def picture(self, i, rng):
+        return unit(self.array[i])
+
+    def __len__(self):
+        return len(self.array)
+
+
+class Boards:
+    """A domain of MNIST-Multiple: 60,000 boards, each drawn when it is asked for."""
+
+    def __init__(self, masks, labels, domain):
+        self.masks, self.domain = masks, domain
+        self.members = [np.flatnonzero(labels == k) for k in range(10)]
+
+    def picture(self, i, rng):
+        rng = np.random.default_rng([ord(self.domain), i])
+        return unit(torch.from_numpy(toy.paint_board(
+            self.masks, toy.board_layout(self.members, rng),
+            *toy.board_colours(self.domain, rng))).permute(2, 0, 1))
+
+    def __len__(self):
+        return 60_000
+
+
+class Photos:
+    """A domain of picture files, of any size, mirrored and cropped at random (code)."""
+
+    def __init__(self, files, args):
+        self.files, self.args = files, args
+
+    def picture(self, i, rng):
+        im = fitted(self.files[i], self.args)
+        if self.args.mirror and rng.random() < 0.5:
+            im = im.transpose(Image.FLIP_LEFT_RIGHT)
+        if self.args.zoom < 1 and rng.random() < 0.5:
+            w, h = (side * rng.uniform(self.args.zoom, 1) for side in im.size)
+            left, top = rng.uniform(0, im.width - w), rng.uniform(0, im.height - h)
+            im = im.resize(im.size, Image.BILINEAR, box=(left, top, left + w, top + h))
+        return common.to_tensor(im)
+
+    def __len__(self):
+        return len(self.files)
+
+
+def fitted(path, args):
+    """A picture file at the training size: the middle of it, in that shape, resized."""
+    return ImageOps.fit(common.open_rgb(path), (args.size, args.height), Image.BICUBIC)
+
+
+def unit(x):
+    """Bytes -> float in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def data_folder(args):
+    """The folder of --data, drawn or downloaded if need be; None for MNIST."""
+    if args.data.startswith("mnist-"):
+        return None
+    kind = f"digits_{DIGITS.get(args.data)}"
+    return common.find_data("toy" if args.data in DIGITS else args.data, LAYOUT,
+                            lambda: toy.ensure(kind, args.size))
+
+
+def mnist(args, split):
+    """MNIST by torchvision as masks (N, 28, 28), True for ink (> 127.5), and labels (N,)."""
+    from torchvision.datasets import MNIST
+
+    if args.size != (28 if args.data == "mnist-single" else 112):
+        raise UserError(f"--size {args.size}: pictures of {args.data} have a size of their own")
+    try:
+        data = MNIST(args.mnist_root, train=split == "train", download=not (
+            Path(args.mnist_root) / "MNIST/raw/train-images-idx3-ubyte").exists())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--mnist-root {args.mnist_root}: no MNIST/raw there, and torchvision "
+                        f"cannot download it ({error})") from None
+    return data.data.numpy() > 127.5, data.targets.numpy()
+
+
+def train_domains(args):
+    """The training pictures of A and of B (Sec. 4)."""
+    root = data_folder(args)
+    if args.data in DIGITS and root:  # toy digits: small enough to be read once
+        return [Pictures(read(common.find_split(root, "train", d, LAYOUT))) for d in "AB"]
+    if root:
+        return [Photos(common.find_split(root, "train", d, LAYOUT), args) for d in "AB"]
+    masks, labels = mnist(args, "train")
+    if args.data == "mnist-multiple":
+        return [Boards(masks, labels, d) for d in "AB"]
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(len(masks)) for _ in "AB"]
+    return [Pictures(toy.paint_digits(masks[order], *toy.digit_colours(
+        labels[order], d, "train", rng))) for d, order in zip("AB", orders, strict=True)]
+
+
+def read(files):
+    """Picture files of one size -> bytes (N, H, W, 3)."""
+    return np.stack([np.asarray(common.open_rgb(f)) for f in files])
+
+
+def test_set(args, limit=None):
+    """{'x_A': bytes (N, 3, H, W), 'x_B': ...} of the test split; x_AB and x_BA where known.
+
+    Pair i is (x_A[i], x_B[i]), one the exemplar of the other; x_AB and x_BA are the true answers.
+    MNIST: 1000 pairs. limit: so many, evenly spaced.
+    """
+    root = data_folder(args)
+    if args.data == "mnist-single":
+        found = released_pairs(mnist(args, "test")[0])
+    elif args.data == "mnist-multiple":
+        found = board_pairs(*mnist(args, "test"))
+    else:
+        split = "test" if any((root / d).is_dir() for d in ("testA", "test/A")) else "train"
+        files = {f"x_{d}": common.find_split(root, split, d, LAYOUT) for d in "AB"}
+        files |= {f"x_{d}": common.list_pictures(root / f"test{d}") for d in ("AB", "BA")
+                  if (root / f"test{d}").is_dir()}
+        n = min(map(len, files.values()))
+        chosen = slice(0, n, max(1, n // limit) if limit else 1)
+        found = {name: np.stack([np.asarray(fitted(f, args)) for f in fs[:n][chosen][:limit]])
+                 for name, fs in files.items()}
+    return {name: torch.from_numpy(np.moveaxis(a, 3, 1).copy())[:limit]
+            for name, a in found.items()}
+
+
+def released_pairs(masks, n=1000):
+    """The first test pairs of the authors' MNIST-Single, from all 10,000 test masks.
+
+    Their script drew with numpy's old generator, seed 0: two shuffles, then two colour draws.
+    """
+    rng = np.random.RandomState(0)
+    order_A, order_B = list(range(len(masks))), list(range(len(masks)))
+    rng.shuffle(order_A)
+    rng.shuffle(order_B)
+    white = (rng.uniform(size=len(masks)) >= 0.5).astype(int)[:n]
+    pair = toy.INKS_AND_PAPERS[np.floor(6 * rng.uniform(size=len(masks))).astype(int)[:n]]
+    shapes = {"A": masks[order_A[:n]], "B": masks[order_B[:n]]}
+    colours = {"A": (toy.GREYS[white], toy.GREYS[1 - white]),
+               "B": (toy.PRIMARIES[pair[:, 0]], toy.PRIMARIES[pair[:, 1]])}
+    return {f"x_{name}": toy.paint_digits(shapes[name[0]], *colours[name[-1]])
+            for name in ("A", "B", "AB", "BA")}
+
+
+def board_pairs(masks, labels, n=1000):
+    """Test pairs of MNIST-Multiple: each board in its own colours, and in the other's."""
+    rng, members = np.random.default_rng(0), [np.flatnonzero(labels == k) for k in range(10)]
+    boards = [{d: (toy.board_layout(members, rng), *toy.board_colours(d, rng)) for d in "AB"}
+              for _ in range(n)]
+    return {f"x_{name}": np.stack([toy.paint_board(masks, b[name[0]][0], *b[name[-1]][1:])
+                                   for b in boards]) for name in ("A", "B", "AB", "BA")}
+
+
+class Unpaired(torch.utils.data.Dataset):
+    """`self[n]`: the n-th training sample (x_A, x_B), two (3, H, W) tensors in [-1, 1].
+
+    x_A walks through a new shuffle of its domain every epoch; x_B, its exemplar, is drawn at
+    random (Sec. 1: an arbitrary one). A sample depends on (seed, n) alone.
+    """
+
+    def __init__(self, A, B, args):
+        self.A, self.B, self.args = A, B, args
+
+    def __getitem__(self, n):
+        rng = random.Random(common.mix(self.args.seed, n))
+        epoch, i = divmod(n, len(self.A))
+        i = shuffled(len(self.A), common.mix(self.args.seed, "epoch", epoch))[i]
+        return self.A.picture(i, rng), self.B.picture(rng.randrange(len(self.B)), rng)
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed):  # same as cut.py: shuffled
+    """A permutation of range(n) that depends on the seed alone."""
+    return random.Random(seed).sample(range(n), n)
+
+
+def random_batch(args, device):
+    """(x_A, x_B) of noise, shaped and laid out as in training; for bench.py."""
+    shape = (args.batch, 3, args.height, args.size)
+    return [torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout(args)) for _ in "AB"]
+
+
+# =============================================================================================
+# 5. One training step of each stage
+# =============================================================================================
+
+
+def pretrain_step(m, x_A, x_B, args, average=lambda *nets: None):
+    """Stage 1: one update of both VAEs and their discriminators. Returns losses by name."""
+    autocast = functools.partial(torch.autocast, x_A.device.type, torch.bfloat16, enabled=args.amp)
+    losses, fakes = {}, []
+    m.opt_G.zero_grad(set_to_none=True)
+    for d, x, V, D in (("A", x_A, m.V_A, m.D_A), ("B", x_B, m.V_B, m.D_B)):
+        D.requires_grad_(False)
+        with autocast():
+            x_hat, mu = V(x)
+            judged = D(x_hat)
+        rec, divergence, GAN = l1(x_hat, x), kl(mu), common.lsgan(judged, True)
+        (args.lambda_rec * rec + args.lambda_KL * divergence + args.lambda_GAN * GAN).backward()
+        losses |= {f"rec_{d}": rec, f"KL_{d}": divergence, f"GAN_{d}": GAN}
+        fakes.append(x_hat)
+        D.requires_grad_(True)
+    average(m.V_A, m.V_B)
+    m.opt_G.step()
+    losses |= update_discriminators(m, x_A, x_B, *fakes, args, average, autocast)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def encode(x, E, m):
+    """x -> mu (B, C, h, w): a domain's own encoder, then the shared last block."""
+    return m.E_last(E(x))
+
+
+def content(mu, m, noise=True):
+    """mu -> c (B, C, h, w): the noise of the VAE, then the generators' shared first block."""
+    return m.G_first(mu + torch.randn_like(mu) if noise else mu)
+
+
+def half_objective(x_A, f_A, f_B, maps, E_A, E_B, G_A, G_B, D_B, m, args):
+    """The terms of Eq. (3) that the content of x_A enters, with x_B as exemplar.
+
+    Called once as it stands, and once with the roles of the domains swapped. maps: phi(x_A), and
+    the Gram matrices of x_B; or None. Returns ({name: term}, their weighted sum, x_AB).
+    """
+    mu = encode(x_A, E_A, m)
+    c = content(mu, m)
+    x_AA = G_A(stylise(c, f_A, f_A, args))                   # Fig. 3: reconstruction flow
+    x_AB = G_B(stylise(c, f_A, f_B, args))                   # Fig. 3: translation flow
+    mu_AB = encode(x_AB, E_B, m)
+    x_ABA = G_A(stylise(content(mu_AB, m), f_A, f_A, args))  # CHOICE (code): f_A, not F_A(x_ABA)
+    terms = {"rec": l1(x_AA, x_A), "KL": kl(mu), "cyc": l1(x_ABA, x_A), "KL_cyc": kl(mu_AB),
+             "GAN": common.lsgan(D_B(x_AB), True)}
+    L = (args.lambda_rec * terms["rec"] + args.lambda_KL * terms["KL"]             # L_VAE
+         + args.lambda_GAN * terms["GAN"]                                          # L_GAN
+         + args.lambda_cyc * terms["cyc"] + args.lambda_KL * terms["KL_cyc"])      # L_CC, Eq. (3)
+    if maps:
+        phi_A, gram_B = maps
+        phi_AB = phi(m.V, x_AB)
+        terms |= {"c": content_loss(phi_AB, phi_A), "s": style_loss(phi_AB, gram_B)}
+        L = L + args.lambda_c * terms["c"] + args.lambda_s * terms["s"]            # Eq. (4)
+    return terms, L, x_AB
+
+
+def train_step(m, x_A, x_B, args, rng, average=lambda *nets: None, judge=True):
+    """Stage 2: one update of the translator and, if `judge`, one of D_A and D_B.
+
+    Returns losses by name. F_A, F_B and V stay as they are. average: gradients over processes.
+    rng is not used: the only random choice is noise, from torch's own generator.
+    """
+    autocast = functools.partial(torch.autocast, x_A.device.type, torch.bfloat16, enabled=args.amp)
+    maps = None, None
+    with torch.no_grad(), autocast():
+        f_A, f_B = m.F_A(x_A), m.F_B(x_B)
+        if m.V is not None:  # once for content and style of both directions
+            phi_A, phi_B = ([p.detach() for p in phi(m.V, x)] for x in (x_A, x_B))
+            maps = (phi_A, [gram(p) for p in phi_B]), (phi_B, [gram(p) for p in phi_A])
+    for D in (m.D_A, m.D_B):
+        D.requires_grad_(False)  # they judge here, and learn below
+    m.opt_G.zero_grad(set_to_none=True)
+    # WHY two backward passes: the halves share weights but no activations, so the first half's can
+    # be freed before the second half's are made. The gradients add up.
+    with autocast():
+        terms_A, L, x_AB = half_objective(x_A, f_A, f_B, maps[0], m.E_A, m.E_B, m.G_A, m.G_B,
+                                          m.D_B, m, args)
+    L.backward()
+    with autocast():
+        terms_B, L, x_BA = half_objective(x_B, f_B, f_A, maps[1], m.E_B, m.E_A, m.G_B, m.G_A,
+                                          m.D_A, m, args)
+    L.backward()
+    for D in (m.D_A, m.D_B):
+        D.requires_grad_(True)
+    average(*(getattr(m, name) for name in TRANSLATOR))
+    m.opt_G.step()
+    losses = {f"{name}_{way}": loss for way, terms in (("AB", terms_A), ("BA", terms_B))
+              for name, loss in terms.items()}
+    if judge:
+        losses |= update_discriminators(m, x_A, x_B, x_BA, x_AB, args, average, autocast)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def update_discriminators(m, x_A, x_B, fake_A, fake_B, args, average, autocast):
+    """One step of D_A and D_B: real pictures towards 1, fakes (no gradient) towards 0."""
+    losses = {}
+    m.opt_D.zero_grad(set_to_none=True)
+    for name, D, fake, real in (("D_A", m.D_A, fake_A, x_A), ("D_B", m.D_B, fake_B, x_B)):
+        with autocast():  # no layer of D mixes pictures, so real and fake can share one pass
+            of_fake, of_real = D(torch.cat([common.full(fake.detach()), real])).split(len(real))
+        losses[name] = 0.5 * (common.lsgan(of_fake, False) + common.lsgan(of_real, True))
+        (args.lambda_GAN * losses[name]).backward()
+    average(m.D_A, m.D_B)
+    m.opt_D.step()
+    return losses
+
+
+# =============================================================================================
+# 6. Training loop
+# =============================================================================================
+
+
+def rate(step, total):
+    """Learning-rate factor at a step of a stage (code)."""
+    return (1 - step / total) ** 0.9
+
+
+def train_digit_vgg(V, args, device, steps=1200, batch=64):
+    """Teach a `DigitVGG` to name digits, inks and papers, on the CPU about 20 s. In place.
+
+    Its pictures are not those of either domain: any colour of both sets stands on any other.
+    """
+    masks, labels = (mnist(args, "train") if args.data.startswith("mnist") else
+                     toy.drawn_digits(3000, 28, np.random.default_rng(0)))
+    masks, labels = torch.from_numpy(masks), torch.from_numpy(labels)
+    colours = torch.tensor([*toy.GREYS, *toy.PRIMARIES]).float() / 255
+    if DIGITS[args.data] == "multiple":
+        inks = [toy.board_colours("B", np.random.default_rng(i))[0] for i in range(20)]
+        colours = torch.cat([colours[:2], torch.from_numpy(np.concatenate(inks)).float() / 255])
+    rng = torch.Generator().manual_seed(common.mix(args.seed, "vgg"))
+
+    def draw(high):
+        return torch.randint(high, (batch,), generator=rng)
+
+    adam = torch.optim.Adam(V.requires_grad_(True).parameters(), lr=2e-3)
+    bce = F.binary_cross_entropy_with_logits
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        i, ink = draw(len(masks)), draw(len(colours))
+        paper = (ink + 1 + draw(len(colours) - 1)) % len(colours)
+        x = torch.where(masks[i][:, None], *(colours[c][:, :, None, None] for c in (ink, paper)))
+        x = (x * 2 - 1).to(device, memory_format=layout(args))
+        digit, of_ink, of_paper = V.names(x)
+        right = digit.argmax(1).cpu() == labels[i]
+        loss = (F.cross_entropy(digit, labels[i].to(device)) + bce(of_ink, colours[ink].to(device))
+                + bce(of_paper, colours[paper].to(device)))
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+    V.requires_grad_(False)
+    print(f"--vgg digits: no ImageNet weights; phi is a small network that was taught here to name "
+          f"digits and colours (last batch: {right.float().mean():.2f} of the digits right)")
+
+
+def pretrain(m, data, args):
+    """Stage 1 (Sec. 3.3), in the folder features/ of the run; fills m.F_A, m.F_B. Returns seconds.
+
+    With --resume it goes on where it stopped.
+    """
+    folder = Path(args.run_folder) / "features"
+    run = Run("egscit", argparse.Namespace(**vars(args) | {
+        "run_folder": str(folder), "resume": args.resume and (folder / "last.pt").exists()}))
+    vaes = build_vaes(args, run.device)
+    run.resume_or_start(vars(vaes))
+    show = {d: unit(x[:6]).to(run.device) for d, x in test_set(args, 6).items() if len(d) == 3}
+    if run.step < args.pretrain:
+        print(f"stage 1: F_A and F_B learn as encoders of two VAE-GANs, in {folder}")
+        for step, (x_A, x_B) in run.steps(data, args.pretrain):
+            set_rate(vaes, args.lr * rate(step, args.pretrain))
+            run.log(pretrain_step(vaes, x_A, x_B, args, run.average_gradients))
+        with torch.no_grad():
+            run.save_samples({"x_A": show["x_A"], "x_AA": vaes.V_A(show["x_A"])[0],
+                              "x_B": show["x_B"], "x_BB": vaes.V_B(show["x_B"])[0]})
+    m.F_A.load_state_dict(vaes.V_A.F.state_dict())
+    m.F_B.load_state_dict(vaes.V_B.F.state_dict())
+    return run.seconds
+
+
+def set_rate(m, lr):
+    for optimiser in (m.opt_G, m.opt_D):
+        optimiser.param_groups[0]["lr"] = lr
+
+
+def saved_parts(m, args):
+    """What last.pt holds: all but a V that is not ours."""
+    own = m.V is not None and args.vgg == "digits"
+    return {name: part for name, part in vars(m).items() if name != "V" or own}
+
+
+def train(args):
+    """Both stages; returns (the scores, the last grid's columns)."""
+    run = Run("egscit", args)
+    m, data = build(args, run.device), Unpaired(*train_domains(args), args)
+    show = test_set(args, 12 if args.size <= 32 else 6)
+    run.resume_or_start(saved_parts(m, args))
+    if "toy" in args.data or args.small:
+        print("small preset instead of the authors' settings: " + ", ".join(
+            f"{k} {getattr(args, k)}" for k in SMALL))
+    if args.features:
+        reuse_features(m, args)
+    elif run.step == 0:
+        if m.V is not None and args.vgg == "digits" and not args.resume:
+            train_digit_vgg(m.V, args, run.device)
+        run.save()  # WHY now: a stop during stage 1 can then be resumed
+        run.seconds = pretrain(m, data, args)
+    for step, (x_A, x_B) in run.steps(data, args.steps):
+        if step % args.sample_every == 0:
+            run.save_samples(sample_columns(m, show, args))
+        set_rate(m, args.lr * rate(step, args.steps))
+        run.log(train_step(m, x_A, x_B, args, run.rng(), run.average_gradients,
+                           step % args.g_updates == 0))
+    columns = sample_columns(m, show, args)
+    run.save_samples(columns)
+    scores = all_scores(m, args) if run.rank == 0 else []
+    run.finish(scores)
+    return scores, columns
+
+
+def reuse_features(m, args):
+    """--features: stage 1 from another run's last.pt, which must have the same sizes."""
+    parts = saved_parts(m, args)
+    wanted = {name: parts[name] for name in ("F_A", "F_B", "V") if name in parts}
+    common.load_parts(wanted, common.load_checkpoint(args.features, "egscit")["parts"],
+                      args.features)
+
+
+def train_ablations(args):
+    """Tab. 2: every variant for the same steps, on one stage 1; a table and a strip."""
+    folder, rows, strips = Path(args.run_folder), {}, {}
+    for name, change in ABLATIONS.items():
+        label = "EGSC-IT" if name == "none" else f"w/o {name}"
+        print(f"---- {label} ----", flush=True)
+        variant = argparse.Namespace(**vars(args) | change | {
+            "ablation": name, "run_folder": str(folder / name),
+            "features": args.features if name == "none" else str(folder / "none" / "last.pt")})
+        rows[label], columns = train(variant)
+        for way in ("AB", "BA"):
+            given = {x: columns[x] for x in (f"x_{way[0]}", f"x_{way[1]}", f"true x_{way}")
+                     if x in columns}
+            strips.setdefault(way, given)[label] = columns[f"x_{way}"]
+    for way, strip in strips.items():
+        common.save_grid(folder / f"ablation_{way}.png", strip)
+    print(f"\nwrote {folder}/ablation_AB.png and ablation_BA.png")
+    common.save_ablation(folder, rows)
+
+
+# =============================================================================================
+# 7. Translate and evaluate
+# =============================================================================================
+
+
+def direction(m, way):
+    """(E, F of the content, F of the style, G) for the way 'AB' or 'BA'."""
+    return (m.E_A, m.F_A, m.F_B, m.G_B) if way == "AB" else (m.E_B, m.F_B, m.F_A, m.G_A)
+
+
+@torch.no_grad()
+def translate(m, x, exemplar, args, way="AB"):
+    """x (B, 3, H, W) in the style of exemplar (B, 3, H', W'), of any sizes, in [-1, 1].
+
+    CHOICE: without noise, z = mu, so that one pair has one translation.
+    """
+    E, F_content, F_style, G = direction(m, way)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+        f_style = F_style(exemplar)
+        return common.same_size(
+            lambda x: G(stylise(content(encode(x, E, m), m, noise=False), F_content(x), f_style,
+                                args)), x, 2**args.downs).float().clamp(-1, 1)
+
+
+def translated(m, test, args, way):
+    """Translations of a test set as bytes (N, 3, H, W).
+
+    CHOICE: rounded; the authors' were stretched to full contrast, each by itself.
+    """
+    device = next(m.G_A.parameters()).device
+    pairs = zip(*(test[f"x_{d}"].split(50) for d in way), strict=True)
+    return torch.cat([((translate(m, *(unit(t).to(device) for t in pair), args, way) + 1) * 127.5)
+                      .round().byte().cpu() for pair in pairs])
+
+
+def sample_columns(m, test, args):
+    """Columns of a sample grid, as in Fig. 4: both directions with their true answers."""
+    columns = {"x_A": test["x_A"], "x_B": test["x_B"]}
+    for way in ("AB", "BA"):
+        columns[f"x_{way}"] = translated(m, test, args, way)
+        if f"x_{way}" in test:
+            columns[f"true x_{way}"] = test[f"x_{way}"]
+    return {name: unit(x) for name, x in columns.items()}
+
+
+def ssim(a, b):
+    """SSIM of Tab. 2 for bytes (N, 3, H, W) -> (N,), float64.
+
+    7x7 uniform windows that lie inside, RGB, mean over places and channels. The covariances are
+    a sample's (scikit-image, like the paper's code); torchmetrics' are a population's, 48/49 of
+    that, which comes to the same as 48/49 of the constant C2.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    maps = [structural_similarity_index_measure(
+        x.double(), y.double(), gaussian_kernel=False, kernel_size=7, data_range=255.0,
+        k2=0.03 * (48 / 49) ** 0.5, reduction="none", return_full_image=True)[1]
+        for x, y in zip(a.split(100), b.split(100), strict=True)]
+    return torch.cat(maps)[:, :, 3:-3, 3:-3].mean(dim=(1, 2, 3))
+
+
+def paper_colour(pictures):
+    """The most frequent colour of each picture: bytes (N, 3, H, W) -> (N, 3, 1, 1)."""
+    found = []
+    for x in pictures.flatten(2):
+        colours, counts = x.unique(dim=1, return_counts=True)
+        found.append(colours[:, counts.argmax()])
+    return torch.stack(found)[:, :, None, None]
+
+
+def pixel_accuracy(pictures, truth):
+    """(ink, paper): shares of their pixels whose nearest palette colour is the true one.
+
+    Bytes (N, 3, H, W). The palette is black, white, red, green, blue and the colours of the truth;
+    paper is where the truth has its most frequent colour. Means over all such pixels.
+    """
+    base, right, paper = torch.from_numpy(np.concatenate([toy.GREYS, toy.PRIMARIES])), [], []
+    for x, y, p in zip(pictures.flatten(2), truth.flatten(2), paper_colour(truth), strict=True):
+        palette = torch.cat([y.unique(dim=1).T, base]).unique(dim=0).float()
+        nearest = torch.cdist(x.T.float(), palette).argmin(1)
+        right.append((palette[nearest] == y.T.float()).all(1))
+        paper.append((y == p[:, :, 0]).all(0))
+    right, paper = torch.cat(right), torch.cat(paper)
+    return float(right[~paper].float().mean()), float(right[paper].float().mean())
+
+
+def all_scores(m, args):
+    """Scores of both directions on the test set: digit_scores, or Eq. (5) where no truth is known.
+
+    A list of {"name", "value", "sd", "better", "trivial"}; SSIM and its "sd" are over the pairs.
+    """
+    test, scores = test_set(args), []
+    for way in ("AB", "BA"):
+        y, (x, exemplar) = translated(m, test, args, way), (test[f"x_{d}"] for d in way)
+        if f"x_{way}" in test:
+            found = digit_scores(y, x, exemplar, test[f"x_{way}"])
+        else:
+            found = perceptual_scores(m.V, y, x, exemplar) if m.V is not None else []
+        scores += [s | {"name": f"x_{way}: {s['name']}"} for s in found]
+    return scores
+
+
+def digit_scores(y, x, exemplar, truth):
+    """SSIM to the truth and to the exemplar, ink and paper accuracy, with trivial answers.
+
+    All are bytes (N, 3, H, W): translations y of x in the style of the exemplar, and their truth.
+    """
+    answers = {"": y, "the truth": truth, "copy the input": x, "copy the exemplar": exemplar,
+               "the exemplar's paper": paper_colour(exemplar).expand_as(x).contiguous()}
+    rows = {"SSIM to the truth": lambda a: ssim(a, truth),
+            "SSIM to the exemplar (Tab. 2)": lambda a: ssim(a, exemplar),
+            "ink accuracy": lambda a: torch.tensor(pixel_accuracy(a, truth)[:1]),
+            "paper accuracy": lambda a: torch.tensor(pixel_accuracy(a, truth)[1:])}
+    scores = []
+    for name, measure in rows.items():
+        values = {answer: measure(a) for answer, a in answers.items()}
+        score = {"name": name, "value": float(values[""].mean()), "better": "higher",
+                 "trivial": {k: float(v.mean()) for k, v in values.items() if k}}
+        scores.append(score | ({"sd": float(values[""].std())} if len(values[""]) > 1 else {}))
+    return scores
+
+
+@torch.no_grad()
+def perceptual_scores(V, y, x, exemplar):
+    """Eq. (5)'s content distance to x and style distance to the exemplar; bytes (N, 3, H, W)."""
+    device = next(V.parameters()).device
+
+    def distances(a):
+        sums = torch.zeros(2)
+        for one in zip(a.split(1), x.split(1), exemplar.split(1), strict=True):
+            of_a, of_x, of_exemplar = (phi(V, unit(t).to(device)) for t in one)
+            sums += torch.stack([content_loss(of_a, of_x),
+                                 style_loss(of_a, [gram(f) for f in of_exemplar])]).cpu()
+        return (sums / len(a)).tolist()
+
+    values = {"": distances(y), "copy the input": distances(x),
+              "copy the exemplar": distances(exemplar)}
+    return [{"name": name, "value": values[""][i], "better": "lower",
+             "trivial": {k: v[i] for k, v in values.items() if k}}
+            for i, name in enumerate(("content distance", "style distance"))]
+
+
+def load_translator(args, device, V=False):
+    """The networks of --weights, and with V also phi."""
+    if args.weights is None:
+        raise UserError("--weights FILE is needed: a last.pt of this script")
+    if not V:
+        args = argparse.Namespace(**vars(args) | {"lambda_c": 0.0, "lambda_s": 0.0})
+    state, m = common.load_checkpoint(args.weights, "egscit"), build(args, device)
+    common.load_parts({name: part for name, part in saved_parts(m, args).items()
+                       if not name.startswith(("opt", "D"))}, state["parts"], args.weights)
+    return m
+
+
+def translate_files(args):
+    """Translate --translate (a picture or a folder of them) in the style of --exemplar, to PNG."""
+    if args.exemplar is None:
+        raise UserError("--translate needs --exemplar PATH as well, a picture of the other domain")
+    device = common.pick_device(args.device)
+    m, way = load_translator(args, device), args.direction.replace("to", "")
+    exemplar = common.to_tensor(fitted(args.exemplar, args))[None].to(device)
+    common.translate_files(args.translate, args.out or "translated",
+                           lambda x: translate(m, x.to(device), exemplar, args, way))
+
+
+def evaluate(args):
+    """Tab. 2 for --weights: SSIM as mean and deviation over the test pairs, and accuracies."""
+    known = args.data in DIGITS or (data_folder(args) / "testAB").is_dir()
+    m = load_translator(args, common.pick_device(args.device), V=not known)
+    scores = all_scores(m, args)
+    common.print_scores(scores)
+    for s in scores:
+        if "sd" in s:
+            print(f"{s['name']}: {s['value']:.3f} +- {s['sd']:.3f} over the pairs")
+
+
+@torch.no_grad()
+def mask_figure(args, channels=3):
+    """masks.png: x_A, the most contrasted channels of its mask, the exemplar, x_AB; and back."""
+    device = common.pick_device(args.device)
+    m, test = load_translator(args, device), test_set(args, 6)
+    for way in ("AB", "BA"):
+        x = unit(test[f"x_{way[0]}"]).to(device)
+        masks = feature_mask(direction(m, way)[1](x), args.eta)
+        chosen = masks.std(dim=(2, 3)).mean(0).argsort(descending=True)[:channels]
+        columns = {f"x_{way[0]}": x}
+        for i in chosen.tolist():  # from eta (black) to 1 (white)
+            shown = (masks[:, i:i + 1] - args.eta) / max(1 - args.eta, 1e-6) * 2 - 1
+            columns[f"m_{way[0]}, {i}"] = F.interpolate(shown, x.shape[2:]).expand_as(x)
+        columns[f"x_{way[1]}"] = unit(test[f"x_{way[1]}"])
+        columns[f"x_{way}"] = unit(translated(m, test, args, way))
+        save_figure(args, f"masks_{way}.png", lambda path, c=columns: common.save_grid(path, c))
+
+
+def embedding_figure(args):
+    """embedding.png, like Fig. 5: real pictures and translations on their two main axes (PCA)."""
+    device = common.pick_device(args.device)
+    m, test, side = load_translator(args, device), test_set(args), 360
+    sheet = Image.new("RGB", (2 * side, side + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, way in enumerate(("AB", "BA")):
+        real, made = test[f"x_{way[1]}"].flatten(1), translated(m, test, args, way).flatten(1)
+        together = unit(torch.cat([real, made]))
+        together = together - together.mean(0)
+        axes = torch.pca_lowrank(together, 2, center=False, niter=4)[2]
+        places = together @ axes
+        low, high = places.min(0).values, places.max(0).values
+        places = (places - low) / (high - low) * (side - 24) + 12
+        places = places + torch.tensor([column * side, 20])
+        draw.text((column * side + 12, 4), f"x_{way[1]}: red dots, x_{way}: blue crosses", "black")
+        for x, y in places[:len(real)].tolist():
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), "red")
+        for x, y in places[len(real):].tolist():
+            draw.line((x - 2, y - 2, x + 2, y + 2), "blue")
+            draw.line((x - 2, y + 2, x + 2, y - 2), "blue")
+    save_figure(args, "embedding.png", sheet.save)
+
+
+def save_figure(args, name, save):
+    """save(path) of a figure, in --out or beside the weights; `UserError` if it cannot be."""
+    path = Path(args.out or Path(args.weights).parent) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+    except OSError as error:
+        raise UserError(f"--out {path.parent}: cannot write there ({error})") from None
+    print(path)
+
+
+# =============================================================================================
+# 8. Main
+# =============================================================================================
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.translate:
+        translate_files(args)
+    elif args.figure:
+        {"masks": mask_figure, "embedding": embedding_figure}[args.figure](args)
+    elif args.evaluate:
+        evaluate(args)
+    elif args.ablation == "all":
+        train_ablations(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    common.entry(main)
