@@ -43,6 +43,9 @@ ROWS = {
     "init": [("MUNIT without X-Y-X cycle", ["--method", "munit", "--lambda-cyc", "0"]),
              ("MUNIT", ["--method", "munit"]), ("INIT, 2 crops of 120", []),
              ("INIT, 2 crops of 128", ["--object-size", "128"])],
+    "egscit": [("EGSC-IT", ["--vgg", "random"]),
+               ("EGSC-IT, MNIST-Single, batch 8",
+                ["--task", "mnist-single", "--size", "28", "--batch", "8", "--vgg", "random"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

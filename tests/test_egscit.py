@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -420,3 +421,456 @@ def test_amp_step_is_finite(small_vgg):
     m = egscit.build(args, CPU)
     losses = egscit.train_step(m, *egscit.random_batch(args, CPU), args, None)
     assert all(torch.isfinite(v) for v in losses.values())
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+def drawn(n=400):
+    return toy.drawn_digits(n, 28, np.random.default_rng(0))
+
+
+def colours_of(picture):
+    """Distinct colours of (H, W, 3), the most frequent first."""
+    values, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    return [tuple(v) for v in values[np.argsort(-counts)]]
+
+
+def test_single_digits_domain_a():
+    labels = drawn()[1]
+    ink, paper = toy.digit_colours(labels, "A", "train", np.random.default_rng(0))
+    assert (ink.astype(int) + paper == 255).all() and set(ink.flatten()) == {0, 255}
+    assert (ink == ink[:, :1]).all() and 0.4 < (ink[:, 0] == 0).mean() < 0.6
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_single_digits_domain_b(split):
+    labels = np.arange(6000) % 10
+    ink, paper = toy.digit_colours(labels, "B", split, np.random.default_rng(0))
+    pairs = [(*i, *p) for i, p in zip(ink, paper, strict=True)]
+    assert all(sorted(x) == [0, 0, 255] for x in [*ink.tolist(), *paper.tolist()])
+    assert (ink != paper).any(1).all() and len(set(pairs)) == 6  # ordered pairs
+    red_on_green = np.array([p == (255, 0, 0, 0, 255, 0) for p in pairs])
+    if split == "train":
+        assert red_on_green[labels >= 5].all()
+        assert abs(red_on_green.mean() - (0.5 + 0.5 / 6)) < 0.03
+    rest = [p for p, label in zip(pairs, labels, strict=True) if split == "test" or label < 5]
+    for style in set(pairs):
+        assert abs(rest.count(style) / len(rest) - 1 / 6) < 0.03
+
+
+def test_painted_digits_have_two_colours_in_their_places():
+    masks, labels = drawn(20)
+    ink, paper = toy.digit_colours(labels, "B", "test", np.random.default_rng(0))
+    for picture, mask, i, p in zip(toy.paint_digits(masks, ink, paper), masks, ink, paper,
+                                   strict=True):
+        assert picture.dtype == np.uint8 and len(colours_of(picture)) == 2
+        assert (picture[mask] == i).all() and (picture[~mask] == p).all()
+
+
+@pytest.mark.parametrize("domain", "AB")
+def test_boards_show_every_class_once_in_its_colour(domain):
+    masks, labels = drawn(50)
+    members, rng = [np.flatnonzero(labels == k) for k in range(10)], np.random.default_rng(3)
+    for _ in range(5):
+        picks, cells = layout = toy.board_layout(members, rng)
+        inks, paper = toy.board_colours(domain, rng)
+        board = toy.paint_board(masks, layout, inks, paper)
+        assert board.shape == (112, 112, 3) and len(set(cells)) == 10 and max(cells) < 16
+        assert labels[picks].tolist() == list(range(10))
+        for cell in range(16):
+            row, column = divmod(cell, 4)
+            tile = board[row * 28:row * 28 + 28, column * 28:column * 28 + 28]
+            if cell in cells:
+                k = cells.tolist().index(cell)
+                assert (tile[masks[picks[k]]] == inks[k]).all()
+                assert (tile[~masks[picks[k]]] == paper).all()
+            else:
+                assert (tile == paper).all()
+        assert tuple(paper) in ((0, 0, 0), (255, 255, 255))
+        if domain == "A":
+            assert (inks == 255 - paper).all()
+        else:
+            hsv = np.array([Image.new("RGB", (1, 1), tuple(map(int, c))).convert("HSV").getpixel(
+                (0, 0)) for c in inks]) / 255
+            gap = np.abs(hsv[:, 0] - np.arange(10) / 10)
+            assert np.minimum(gap, 1 - gap).max() < 0.03
+            assert 0.28 <= hsv[:, 1:].min() and hsv[:, 1:].max() <= 0.72
+
+
+def test_toy_digits_and_their_answers(digits):
+    a, b, ab, ba = (egscit.read(common.list_pictures(digits / f"test{d}"))
+                    for d in ("A", "B", "AB", "BA"))
+    assert len(common.list_pictures(digits / "trainA")) == 60
+    for x, y, xy, yx in zip(a, b, ab, ba, strict=True):
+        for shape, style, answer in ((x, y, xy), (y, x, yx)):
+            assert len(colours_of(answer)) == 2
+            assert set(colours_of(answer)) == set(colours_of(style))
+            ink = (shape != np.array(colours_of(shape)[0])).any(2)
+            assert ((answer != np.array(colours_of(answer)[0])).any(2) == ink).all()
+
+
+def test_toy_digits_are_varied_and_readable():
+    masks, labels = drawn(100)
+    zeros = masks[labels == 0]
+    assert len({m.tobytes() for m in zeros}) == 10
+    assert masks.mean((1, 2)).min() > 0.03 and masks.mean((1, 2)).max() < 0.45
+    edge = np.concatenate([masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]])
+    assert edge.mean() < 0.02  # strokes do not leave the picture
+
+
+def test_toy_boards(tmp_path):
+    toy.digits_multiple(tmp_path / "boards", n=2, size=64, n_test=2)
+    ab, b = (egscit.read(common.list_pictures(tmp_path / "boards" / f"test{d}"))
+             for d in ("AB", "B"))
+    for answer, exemplar in zip(ab, b, strict=True):
+        assert answer.shape == (64, 64, 3) and len(colours_of(answer)) == 11
+        assert set(colours_of(answer)) == set(colours_of(exemplar))
+    with pytest.raises(ValueError, match="multiple"):
+        toy.digits_multiple(tmp_path / "x", n=1, size=65)
+
+
+def test_mnist_single_is_made_by_the_rules(monkeypatch):
+    masks, labels = drawn()
+    monkeypatch.setattr(egscit, "mnist", lambda args, split: (masks, labels))
+    args = egscit.get_args(["--data", "mnist-single"])
+    A, B = egscit.train_domains(args)
+    assert len(A) == len(B) == 400
+    rng = np.random.default_rng(0)
+    order_A, order_B = rng.permutation(400), rng.permutation(400)
+    for i in range(40):
+        a, b = (((d.picture(i, None) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+                for d in (A, B))
+        assert set(colours_of(a)) == {(0, 0, 0), (255, 255, 255)}
+        assert ((a != np.array(colours_of(a)[0])).any(2) == masks[order_A[i]]).all()
+        if labels[order_B[i]] >= 5:
+            assert colours_of(b) == [(0, 255, 0), (255, 0, 0)]
+
+
+def test_the_authors_test_pairs(monkeypatch):
+    """Their draws, in the order of their script, one by one."""
+    masks = drawn(100)[0]
+    found, rng = egscit.released_pairs(masks, n=30), np.random.RandomState(0)
+    order_A, order_B = list(range(100)), list(range(100))
+    rng.shuffle(order_A)
+    rng.shuffle(order_B)
+    of_A = [rng.uniform() for _ in range(100)]
+    of_B = [rng.uniform() for _ in range(100)]
+    R, G, B = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    for i in range(30):
+        black = of_A[i] < 0.5
+        ink_A, paper_A = ((0, 0, 0), (255,) * 3) if black else ((255,) * 3, (0, 0, 0))
+        ink_B, paper_B = [(R, G), (G, R), (R, B), (B, R), (G, B), (B, G)][int(6 * of_B[i])]
+        for name, order, ink, paper in (("x_A", order_A, ink_A, paper_A),
+                                        ("x_B", order_B, ink_B, paper_B),
+                                        ("x_AB", order_A, ink_B, paper_B),
+                                        ("x_BA", order_B, ink_A, paper_A)):
+            mask = masks[order[i]]
+            assert (found[name][i][mask] == ink).all() and (found[name][i][~mask] == paper).all()
+
+
+def test_mnist_multiple_is_drawn_by_index(monkeypatch):
+    monkeypatch.setattr(egscit, "mnist", lambda args, split: drawn())
+    A, B = egscit.train_domains(egscit.get_args(["--data", "mnist-multiple"]))
+    assert len(A) == len(B) == 60_000 and A.picture(7, None).shape == (3, 112, 112)
+    assert torch.equal(A.picture(7, None), A.picture(7, None))
+    assert not torch.equal(A.picture(7, None), A.picture(8, None))
+    pairs = egscit.board_pairs(*drawn(), n=2)
+    assert set(colours_of(pairs["x_AB"][0])) == set(colours_of(pairs["x_B"][0]))
+    assert set(colours_of(pairs["x_BA"][1])) == {(0, 0, 0), (255, 255, 255)}
+
+
+def test_samples_depend_on_seed_and_number_alone_and_exemplars_vary(folder):
+    args = tiny_args("--mirror", "--zoom", "0.8")
+    data = [egscit.Unpaired(*egscit.train_domains(egscit.get_args(
+        ["--data", str(folder), *TINY, "--mirror", "--zoom", "0.8"])), args) for _ in "12"]
+    assert_same(data[0][5], data[1][5])
+    assert data[0][0][0].shape == (3, 16, 32)
+    class Numbers:
+        def picture(self, i, rng):
+            return i
+
+        def __len__(self):
+            return 10
+
+    pairs = [egscit.Unpaired(Numbers(), Numbers(), args)[n] for n in range(60)]
+    for epoch in range(6):  # every x_A once an epoch
+        assert {a for a, _ in pairs[epoch * 10:epoch * 10 + 10]} == set(range(10))
+    assert len({b for a, b in pairs if a == 3}) > 1  # with another exemplar
+
+
+def test_photos_are_cut_to_shape_and_mirrored(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:30], wide[:, 30:40] = (255, 0, 0), (0, 0, 255)  # the middle: red, then blue
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    args = SimpleNamespace(size=20, height=20, mirror=True, zoom=1.0)
+    photos, seen = egscit.Photos([tmp_path / "a.png"], args), set()
+    for seed in range(8):
+        x = photos.picture(0, random.Random(seed))
+        assert x.shape == (3, 20, 20)
+        seen.add("red" if x[0, 10, 4] > 0.9 else "blue" if x[2, 10, 4] > 0.9 else "?")
+    assert seen == {"red", "blue"}
+
+
+# ---- the measure of Tab. 2 --------------------------------------------------------------------
+
+
+def naive_ssim(a, b):
+    """scikit-image's defaults, as a loop: 7x7 windows, sample covariances, RGB mean."""
+    a, b, found = a.astype(float), b.astype(float), []
+    C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    for k in range(3):
+        for y in range(a.shape[1] - 6):
+            for x in range(a.shape[2] - 6):
+                p, q = (v[k, y:y + 7, x:x + 7].flatten() for v in (a, b))
+                (v_p, cov), (_, v_q) = np.cov(p, q)
+                found.append((2 * p.mean() * q.mean() + C1) * (2 * cov + C2)
+                             / ((p.mean() ** 2 + q.mean() ** 2 + C1) * (v_p + v_q + C2)))
+    return np.mean(found)
+
+
+def test_ssim_against_a_loop():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (2, 3, 12, 10), dtype=np.uint8)
+    b = (a * 0.7 + rng.integers(0, 60, a.shape)).astype(np.uint8)
+    a[0, 1], b[0, 1] = 0, 255  # constant channels, as digits have
+    found = egscit.ssim(torch.from_numpy(a), torch.from_numpy(b))
+    assert found.tolist() == pytest.approx([naive_ssim(*p) for p in zip(a, b, strict=True)])
+    assert egscit.ssim(torch.from_numpy(a), torch.from_numpy(a)).tolist() == pytest.approx([1, 1])
+
+
+def test_scores_of_known_answers(digits):
+    test = egscit.test_set(egscit.get_args(["--data", str(digits), "--task", "mnist-single"]))
+    x, exemplar, truth = test["x_A"], test["x_B"], test["x_AB"]
+    scores = {s["name"]: s for s in egscit.digit_scores(truth, x, exemplar, truth)}
+    to_truth, to_exemplar = scores["SSIM to the truth"], scores["SSIM to the exemplar (Tab. 2)"]
+    assert to_truth["value"] == pytest.approx(1) and to_truth["sd"] == pytest.approx(0, abs=1e-9)
+    wanted = [naive_ssim(a.numpy(), b.numpy()) for a, b in zip(truth[:3], exemplar[:3],
+                                                              strict=True)]
+    assert egscit.ssim(truth[:3], exemplar[:3]).tolist() == pytest.approx(wanted)
+    # the paper's measure prefers a copy of the exemplar, another digit, to the perfect answer
+    assert to_exemplar["trivial"]["copy the exemplar"] == pytest.approx(1)
+    assert to_exemplar["value"] == pytest.approx(to_exemplar["trivial"]["the truth"]) < 0.8
+    assert scores["ink accuracy"]["value"] == scores["paper accuracy"]["value"] == 1
+    for name, ink, paper in (("the exemplar's paper", 0, 1), ("copy the input", 0, 0)):
+        assert scores["ink accuracy"]["trivial"][name] == ink
+        assert scores["paper accuracy"]["trivial"][name] == paper
+
+
+def test_pixel_accuracy_by_hand():
+    green, red = (torch.tensor(c, dtype=torch.uint8)[:, None, None] for c in ((0, 255, 0),
+                                                                             (255, 0, 0)))
+    truth = green.repeat(1, 4, 4)
+    truth[:, 1, :3] = red[:, 0]  # three pixels of ink, thirteen of paper
+    y = truth.clone()
+    y[:, 1, 0] = green[:, 0, 0]                                   # lost
+    y[:, 1, 1] = torch.tensor([200, 40, 10], dtype=torch.uint8)   # nearest to red: right
+    y[:, 3, 3] = torch.tensor([0, 60, 220], dtype=torch.uint8)    # blue paper: wrong
+    ink, paper = egscit.pixel_accuracy(y[None], truth[None])
+    assert ink == pytest.approx(2 / 3) and paper == pytest.approx(12 / 13)
+    assert (egscit.paper_colour(truth[None])[0] == green).all()
+
+
+# ---- the script as its users run it -----------------------------------------------------------
+
+
+def checkpoint(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def test_run_folder(trained):
+    for f in ("config.json", "log.csv", "index.html", "last.pt", "result.json",
+              "samples/step_000000.png", "samples/step_000002.png", "features/last.pt",
+              "features/log.csv"):
+        assert (trained / f).stat().st_size > 0, f
+    head = (trained / "log.csv").read_text().splitlines()[0].split(",")
+    assert {"rec_AB", "KL_AB", "cyc_AB", "KL_cyc_AB", "GAN_AB", "c_AB", "s_AB", "D_A"} <= set(head)
+    scores = json.loads((trained / "result.json").read_text())["scores"]
+    assert [s["name"] for s in scores] == [f"x_{w}: {n} distance" for w in ("AB", "BA")
+                                           for n in ("content", "style")]
+    assert scores[0]["trivial"]["copy the input"] == 0 == scores[1]["trivial"]["copy the exemplar"]
+    parts = checkpoint(trained)["parts"]
+    stage_1 = checkpoint(trained / "features")["parts"]["V_A"]
+    for name, weight in parts["F_A"].items():  # frozen since stage 1
+        assert torch.equal(weight, stage_1[f"F.{name}"])
+
+
+def same_weights(a, b):
+    a, b = checkpoint(a), checkpoint(b)
+    assert a["step"] == b["step"]
+    assert_same(a["parts"], b["parts"])
+
+
+@pytest.mark.parametrize("stage", ["pretrain_step", "train_step"])
+def test_resumed_run_is_bit_identical(folder, tmp_path, small_vgg, stage, monkeypatch):
+    flags = ["--data", folder, *TINY, "--pretrain", 3, "--steps", 3]
+    run(*flags, "--out", tmp_path / "whole")
+    if stage == "pretrain_step":
+        original = egscit.train_step
+        monkeypatch.setattr(egscit, "train_step", egscit.pretrain_step)
+        monkeypatch.setattr(egscit, "pretrain_step", lambda *a: egscit.train_step(*a))
+        interrupted(egscit, lambda: run(*flags, "--out", tmp_path / "cut"))
+        monkeypatch.setattr(egscit, "pretrain_step", egscit.train_step)
+        monkeypatch.setattr(egscit, "train_step", original)
+        assert checkpoint(tmp_path / "cut" / "features")["step"] == 2
+    else:
+        interrupted(egscit, lambda: run(*flags, "--out", tmp_path / "cut"))
+        assert checkpoint(tmp_path / "cut")["step"] == 2
+    run(*flags, "--out", tmp_path / "cut", "--resume")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole" / "features", tmp_path / "cut" / "features")
+
+
+def test_stage_1_can_be_reused(folder, trained, tmp_path, small_vgg):
+    run("--data", folder, *TINY, "--steps", 1, "--features", trained / "last.pt", "--out",
+        tmp_path / "run")
+    assert not (tmp_path / "run/features").exists()
+    for name in ("F_A", "F_B"):
+        assert_same(checkpoint(tmp_path / "run")["parts"][name],
+                    checkpoint(trained)["parts"][name])
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(folder, tmp_path):
+    """Weights after one step of each stage, without noise or normalisation over the batch."""
+    code = ("import sys, torch, common, egscit\n"
+            "common.VGG19_WIDTHS = (4, 'M', 4, 'M', 8, 'M', 8, 'M', 8)\n"
+            "torch.randn_like = torch.zeros_like\n"
+            "common.entry(egscit.main)\n")
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    flags = ["--data", str(folder), *TINY, "--pretrain", "1", "--steps", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    "--master_port=29517", script, *flags, "--out", str(tmp_path / "two")],
+                   check=True, env=environment, capture_output=True)
+    subprocess.run([sys.executable, script, *flags, "--batch", "4", "--out",
+                    str(tmp_path / "one")], check=True, env=environment, capture_output=True)
+    one, two = (checkpoint(tmp_path / n)["parts"] for n in ("one", "two"))
+    for net in ("E_A", "G_B", "D_A", "F_B"):
+        for name, weight in one[net].items():
+            assert torch.allclose(weight, two[net][name], atol=1e-4), (net, name)
+
+
+@pytest.fixture(scope="module")
+def digit_run(digits, tmp_path_factory):
+    """The toy default, shrunk: own V, both stages, scores; in its own working folder."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(toy, "ensure", lambda name, size: digits)
+        patch.setattr(egscit.train_digit_vgg, "__defaults__", (3, 8))
+        run("--ablation", "all", *SIZES, "--pretrain", 2, "--steps", 2, "--out", home / "all")
+    return home / "all"
+
+
+def test_ablation_all_writes_a_table_and_strips(digit_run):
+    table = (digit_run / "ablation.md").read_text().splitlines()
+    assert [line.split(" |")[0] for line in table[2:6]] == [
+        "| EGSC-IT", "| w/o mask", "| w/o adain", "| w/o L_P"]
+    assert table[0].count("|") == 10  # four scores a way
+    assert Image.open(digit_run / "ablation_AB.png").height > 100
+    F_A = checkpoint(digit_run / "none")["parts"]["F_A"]
+    for name in ("mask", "adain", "L_P"):  # one stage 1 for all
+        assert_same(checkpoint(digit_run / name)["parts"]["F_A"], F_A)
+        assert not (digit_run / name / "features").exists()
+    assert "V" not in checkpoint(digit_run / "L_P")["parts"]
+    assert_same(checkpoint(digit_run / "mask")["parts"]["V"],
+                checkpoint(digit_run / "none")["parts"]["V"])
+
+
+def test_result_has_trivial_answers_and_deviations(digit_run):
+    scores = json.loads((digit_run / "none/result.json").read_text())["scores"]
+    assert len(scores) == 8 and scores[0]["name"] == "x_AB: SSIM to the truth"
+    assert scores[0]["trivial"]["the truth"] == pytest.approx(1) and scores[0]["sd"] > 0
+    assert all(s["better"] == "higher" for s in scores)
+
+
+def test_evaluate_repeats_the_runs_scores(digit_run, digits, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "ensure", lambda name, size: digits)
+    capsys.readouterr()
+    run("--evaluate", "--weights", digit_run / "none/last.pt", "--device", "cpu")
+    printed = capsys.readouterr().out
+    for s in json.loads((digit_run / "none/result.json").read_text())["scores"]:
+        assert f"{s['name']}: {s['value']:.4g} (higher" in printed
+    assert "+- " in printed
+
+
+@pytest.mark.parametrize("way", ["AtoB", "BtoA"])
+def test_translate_keeps_every_size(trained, tmp_path, way):
+    sizes = odd_pictures(tmp_path / "in")
+    run("--translate", tmp_path / "in", "--exemplar", tmp_path / "in/odd.png", "--direction", way,
+        "--weights", trained / "last.pt", "--out", tmp_path / "out", "--device", "cpu")
+    for stem, size in sizes.items():
+        with Image.open(tmp_path / "out" / f"{stem}.png") as im:
+            assert im.size == size and im.mode == "RGB"
+
+
+def test_translate_is_the_deterministic_flow_of_its_direction(trained, folder, small_vgg):
+    args = egscit.get_args(["--weights", str(trained / "last.pt"), "--device", "cpu"])
+    m = egscit.load_translator(args, CPU)
+    x, y = pictures(1, 3, 16, 32), pictures(1, 3, 16, 32, seed=1)
+    args.adain = "paper"
+    for way, E, F_x, F_y, G in (("AB", m.E_A, m.F_A, m.F_B, m.G_B),
+                                ("BA", m.E_B, m.F_B, m.F_A, m.G_A)):
+        with torch.no_grad():
+            c = m.G_first(m.E_last(E(x)))
+            wanted = G(naive_stylise(c, F_x(x), F_y(y), 0.5, "paper"))
+        got = egscit.translate(m, x, y, args, way)
+        assert torch.allclose(got, wanted, atol=1e-5)
+        assert torch.equal(got, egscit.translate(m, x, y, args, way))
+        assert not torch.equal(got, egscit.translate(m, x, -y, args, way))
+
+
+@pytest.mark.parametrize("kind, files", [("masks", ["masks_AB.png", "masks_BA.png"]),
+                                         ("embedding", ["embedding.png"])])
+def test_figures(trained, folder, tmp_path, kind, files):
+    run("--figure", kind, "--weights", trained / "last.pt", "--out", tmp_path, "--device", "cpu")
+    for f in files:
+        with Image.open(tmp_path / f) as im:
+            assert im.width > 200 and len(im.getcolors(1 << 20)) > 10
+
+
+def test_digit_vgg_learns_to_name(monkeypatch, capsys):
+    """30 steps on drawn digits: papers are named, most of the loss is gone."""
+    args = egscit.get_args(["--data", "toy"])
+    torch.manual_seed(0)
+    V = egscit.DigitVGG()
+    egscit.train_digit_vgg(V, args, CPU, steps=60, batch=32)
+    masks, labels = drawn(60)
+    palette = np.concatenate([toy.GREYS, toy.PRIMARIES])
+    ink, paper = palette[labels % 5], palette[(labels + 1 + labels // 5) % 5]
+    x = torch.from_numpy(np.moveaxis(toy.paint_digits(masks, ink, paper), 3, 1).copy())
+    named = (V.names(egscit.unit(x))[2] > 0).numpy()
+    assert (named == (paper > 127)).all(1).mean() > 0.8  # by chance: 0.2
+    assert all(not p.requires_grad for p in V.parameters())
+    assert "no ImageNet weights" in capsys.readouterr().out
+
+
+def test_user_errors_are_one_line(trained, folder, tmp_path, capsys, monkeypatch):
+    def fails(*flags):
+        return run_fails(capsys, "--device", "cpu", *flags)
+
+    assert "multiple of 4" in fails("--data", folder, "--size", 30)
+    assert "--eta 2" in fails("--data", folder, "--eta", 2)
+    assert "--vgg digits" in fails("--data", folder, "--vgg", "digits")
+    assert "found neither" in fails("--data", tmp_path, "--vgg", "random")
+    assert "--exemplar" in fails("--translate", "x.png", "--weights", trained / "last.pt")
+    assert "--weights FILE" in fails("--translate", "x.png", "--exemplar", "y.png")
+    assert "--weights FILE" in fails("--figure", "masks")
+    assert "no such file" in fails("--translate", tmp_path / "no.png", "--exemplar",
+                                   tmp_path / "no.png", "--weights", trained / "last.pt")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes((trained / "last.pt").read_bytes()[:1000])
+    assert "truncated" in fails("--evaluate", "--weights", broken)
+    torch.save({"method": "cut"}, broken)
+    assert "written by cut.py" in fails("--evaluate", "--weights", broken)
+    message = fails("--data", folder, *TINY, "--ngf", "8", "--features", trained / "last.pt",
+                    "--out", tmp_path / "x", "--steps", "1")
+    assert "F_A does not fit" in message
+    monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
+    assert "--mnist-root" in fails("--data", "mnist-single", "--small", "--mnist-root", tmp_path)
+    assert "have a size of their own" in fails("--data", "mnist-single", "--small", "--size", 32)
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("no network")
