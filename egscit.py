@@ -93,7 +93,7 @@ ABLATIONS = {  # Tab. 2
 }
 # WHY lambda_KL 2: a narrow network in a short run would write the colours into c, where AdaIN does
 # not reach them; a dearer code leaves them to the style, which has them for free.
-SMALL = {"batch": 8, "steps": 3000, "pretrain": 300, "g_updates": 1, "lr": 1e-3, "ngf": 16,
+SMALL = {"batch": 8, "steps": 1500, "pretrain": 300, "g_updates": 1, "lr": 1e-3, "ngf": 16,
          "ndf": 32, "d_layers": 3, "d_norm": False, "init": "xavier", "lambda_GAN": 100.0,
          "lambda_KL": 2.0, "lambda_c": 100.0, "vgg": "digits", "workers": 0,
          "sample_every": 500}
@@ -153,7 +153,10 @@ def get_args(argv=None):
             args.ablation, {})
 
     args = common.parse_flags(p, argv, "egscit", presets, run_name)
+    if args.g_updates < 1:
+        raise UserError(f"--g-updates {args.g_updates}: must be at least 1")
     args.height = args.height or args.size
+    args.log_every += -args.log_every % args.g_updates  # every row of log.csv has a loss of D
     for name in ("size", "height"):
         value = getattr(args, name)
         if value < 16 or value % 2**args.downs:
@@ -162,8 +165,8 @@ def get_args(argv=None):
     for name, low, high in (("eta", 0, 1), ("zoom", 0.1, 1)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
-    if args.g_updates < 1 or args.pretrain < 1:
-        raise UserError("--g-updates and --pretrain: must be at least 1")
+    if args.pretrain < 1:
+        raise UserError(f"--pretrain {args.pretrain}: must be at least 1")
     if args.vgg == "digits" and args.data not in DIGITS:
         raise UserError(f"--vgg digits: for {', '.join(DIGITS)} only, not for --data {args.data}")
     return args

@@ -151,10 +151,10 @@ def test_shapes(downs, size):
 
 def test_released_initialisation():
     m = egscit.build(egscit.get_args(["--data", ".", "--ngf", "32", "--ablation", "L_P"]), CPU)
-    w = torch.cat([p.flatten() for p in m.E_A.parameters() if p.dim() > 1])
+    w = torch.cat([p.detach().flatten() for p in m.E_A.parameters() if p.dim() > 1])
     assert w.abs().max() <= 0.04 and float(w.std()) == pytest.approx(0.02 * 0.8796, rel=0.02)
     assert all((p == 0).all() for p in m.E_A.parameters() if p.dim() == 1)
-    first = m.D_A.stages[0][0].weight  # Glorot: variance 2 / (fan in + fan out)
+    first = m.D_A.stages[0][0].weight.detach()  # Glorot: variance 2 / (fan in + fan out)
     assert float(first.std()) == pytest.approx((2 / (16 * (3 + 64))) ** 0.5, rel=0.1)
 
 
@@ -379,7 +379,7 @@ def test_d_sees_real_as_one_and_fake_as_zero(small_vgg):
     losses = egscit.update_discriminators(m, x_A, x_B, fake_A, fake_B, args, lambda *nets: None,
                                           lambda: torch.autocast("cpu", enabled=False))
     wanted = 0.5 * ((m.D_A(x_A) - 1).square().mean() + m.D_A(fake_A).square().mean())
-    assert float(losses["D_A"]) == pytest.approx(float(wanted))
+    assert float(losses["D_A"]) == pytest.approx(wanted.item())
     grad, = torch.autograd.grad(10 * wanted, m.D_A.weight)
     assert torch.allclose(m.D_A.weight.grad, grad)
 
@@ -650,7 +650,7 @@ def test_scores_of_known_answers(digits):
     assert egscit.ssim(truth[:3], exemplar[:3]).tolist() == pytest.approx(wanted)
     # the paper's measure prefers a copy of the exemplar, another digit, to the perfect answer
     assert to_exemplar["trivial"]["copy the exemplar"] == pytest.approx(1)
-    assert to_exemplar["value"] == pytest.approx(to_exemplar["trivial"]["the truth"]) < 0.8
+    assert to_exemplar["value"] == to_exemplar["trivial"]["the truth"] < 0.8
     assert scores["ink accuracy"]["value"] == scores["paper accuracy"]["value"] == 1
     for name, ink, paper in (("the exemplar's paper", 0, 1), ("copy the input", 0, 0)):
         assert scores["ink accuracy"]["trivial"][name] == ink
@@ -738,7 +738,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(folder, tmp_path):
             "common.entry(egscit.main)\n")
     script = tmp_path / "script.py"
     script.write_text(code)
-    flags = ["--data", str(folder), *TINY, "--pretrain", "1", "--steps", "1"]
+    flags = ["--data", str(folder), *TINY, "--pretrain", "1", "--steps", "1", "--no-d-norm"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                     "--master_port=29517", script, *flags, "--out", str(tmp_path / "two")],
