@@ -93,11 +93,11 @@ ABLATIONS = {  # Tab. 2
 }
 # WHY lambda_KL 2: a narrow network in a short run would write the colours into c, where AdaIN does
 # not reach them; a dearer code leaves them to the style, which has them for free.
-SMALL = {"batch": 8, "steps": 1500, "pretrain": 300, "g_updates": 1, "lr": 1e-3, "ngf": 16,
+SMALL = {"batch": 8, "steps": 2000, "pretrain": 600, "g_updates": 1, "lr": 1e-3, "ngf": 16,
          "ndf": 32, "d_layers": 3, "d_norm": False, "init": "xavier", "lambda_GAN": 100.0,
          "lambda_KL": 2.0, "lambda_c": 100.0, "vgg": "digits", "workers": 0,
          "sample_every": 500}
-SMALL_BOARDS = SMALL | {"batch": 4, "lambda_c": 20.0, "lambda_s": 1e4}
+SMALL_BOARDS = SMALL | {"batch": 4, "lambda_s": 1e4}
 
 
 def get_args(argv=None):
@@ -352,7 +352,7 @@ def layout(args):
 
 
 # =============================================================================================
-# 3. Masks, AdaIN, losses
+# 3. Losses, and what the content passes: mask and AdaIN
 # =============================================================================================
 
 
@@ -462,7 +462,8 @@ class Photos:
         if self.args.mirror and rng.random() < 0.5:
             im = im.transpose(Image.FLIP_LEFT_RIGHT)
         if self.args.zoom < 1 and rng.random() < 0.5:
-            w, h = (side * rng.uniform(self.args.zoom, 1) for side in im.size)
+            share = rng.uniform(self.args.zoom, 1)
+            w, h = share * im.width, share * im.height
             left, top = rng.uniform(0, im.width - w), rng.uniform(0, im.height - h)
             im = im.resize(im.size, Image.BILINEAR, box=(left, top, left + w, top + h))
         return common.to_tensor(im)
@@ -886,8 +887,8 @@ def translated(m, test, args, way):
 
     CHOICE: rounded; the authors' were stretched to full contrast, each by itself.
     """
-    device = next(m.G_A.parameters()).device
-    pairs = zip(*(test[f"x_{d}"].split(50) for d in way), strict=True)
+    device, chunk = next(m.G_A.parameters()).device, max(1, 50 * 28**2 // test["x_A"][0, 0].numel())
+    pairs = zip(*(test[f"x_{d}"].split(chunk) for d in way), strict=True)
     return torch.cat([((translate(m, *(unit(t).to(device) for t in pair), args, way) + 1) * 127.5)
                       .round().byte().cpu() for pair in pairs])
 

@@ -795,6 +795,18 @@ def test_evaluate_repeats_the_runs_scores(digit_run, digits, monkeypatch, capsys
     assert "+- " in printed
 
 
+def test_boards_train_and_are_scored(tmp_path, monkeypatch):
+    toy.digits_multiple(tmp_path / "boards", n=3, size=112, n_test=2)
+    monkeypatch.setattr(toy, "ensure", lambda name, size: tmp_path / "boards")
+    monkeypatch.setattr(egscit.train_digit_vgg, "__defaults__", (2, 4))
+    run("--data", "toy-multiple", *SIZES, "--pretrain", 1, "--steps", 1, "--out", tmp_path / "run")
+    scores = json.loads((tmp_path / "run/result.json").read_text())["scores"]
+    for s in scores:  # two boards, every colour of which is in the palette
+        if "truth" in s["name"] or "accuracy" in s["name"]:
+            assert s["trivial"]["the truth"] == pytest.approx(1), s["name"]
+    assert scores[2]["trivial"]["the exemplar's paper"] == 0
+
+
 @pytest.mark.parametrize("way", ["AtoB", "BtoA"])
 def test_translate_keeps_every_size(trained, tmp_path, way):
     sizes = odd_pictures(tmp_path / "in")
