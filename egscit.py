@@ -150,9 +150,10 @@ def get_args(argv=None):
         single = DIGITS.get(args.data) == "single"
         task = args.task or ("street" if args.data not in DIGITS else
                              "mnist-single" if single else "mnist-multiple")
-        small = (SMALL if single else SMALL_BOARDS) if args.small or "toy" in args.data else {}
-        return TASKS[task] | (small if args.data in DIGITS else {}) | ABLATIONS.get(
-            args.ablation, {})
+        preset = {}
+        if args.data in DIGITS and (args.small or args.data.startswith("toy")):
+            preset = {"small": True} | (SMALL if single else SMALL_BOARDS)
+        return TASKS[task] | preset | ABLATIONS.get(args.ablation, {})
 
     args = common.parse_flags(p, argv, "egscit", presets, run_name)
     if args.g_updates < 1:
@@ -169,8 +170,9 @@ def get_args(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
     if args.pretrain < 1:
         raise UserError(f"--pretrain {args.pretrain}: must be at least 1")
-    if args.vgg == "digits" and args.data not in DIGITS:
-        raise UserError(f"--vgg digits: for {', '.join(DIGITS)} only, not for --data {args.data}")
+    for flag, on in (("--vgg digits", args.vgg == "digits"), ("--small", args.small)):
+        if on and args.data not in DIGITS:
+            raise UserError(f"{flag}: for {', '.join(DIGITS)} only, not for --data {args.data}")
     return args
 
 
@@ -809,7 +811,7 @@ def train(args):
     m, data = build(args, run.device), Unpaired(*train_domains(args), args)
     show = test_set(args, 12 if args.size <= 32 else 6)
     run.resume_or_start(saved_parts(m, args))
-    if "toy" in args.data or args.small:
+    if args.small:
         print("small preset instead of the authors' settings: " + ", ".join(
             f"{k} {getattr(args, k)}" for k in SMALL))
     if run.step == 0 and args.features:

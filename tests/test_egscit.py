@@ -105,7 +105,7 @@ def test_small_presets_and_ablations():
     toy_args, mnist = (egscit.get_args(["--data", d, *f]) for d, f in (
         ("toy", []), ("mnist-single", ["--small"])))
     differ = {k for k, v in vars(toy_args).items() if v != getattr(mnist, k)}
-    assert differ == {"data", "small", "run_folder"}
+    assert differ == {"data", "run_folder"}
     assert toy_args.vgg == "digits" and toy_args.ngf < 64
     assert egscit.get_args(["--data", "toy-multiple"]).size == 112
     assert egscit.get_args(["--ablation", "mask"]).eta == 1
@@ -865,6 +865,7 @@ def test_user_errors_are_one_line(trained, folder, tmp_path, capsys, monkeypatch
     assert "multiple of 4" in fails("--data", folder, "--size", 30)
     assert "--eta 2" in fails("--data", folder, "--eta", 2)
     assert "--vgg digits" in fails("--data", folder, "--vgg", "digits")
+    assert "--small: for toy" in fails("--data", folder, "--small")
     assert "found neither" in fails("--data", tmp_path, "--vgg", "random")
     assert "--exemplar" in fails("--translate", "x.png", "--weights", trained / "last.pt")
     assert "--weights FILE" in fails("--translate", "x.png", "--exemplar", "y.png")
