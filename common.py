@@ -859,10 +859,11 @@ class Run:
 
 
 def print_scores(scores):
-    """One line per score: 'name: value (lower is better; answer: value, ...)'."""
+    """One line per score: 'name: value +- sd (lower is better; answer: value, ...)'."""
     for s in scores:
         others = "; ".join(f"{k}: {v:.4g}" for k, v in s.get("trivial", {}).items())
-        print(f"{s['name']}: {s['value']:.4g} ({s['better']} is better"
+        spread = f" +- {s['sd']:.3g}" if "sd" in s else ""
+        print(f"{s['name']}: {s['value']:.4g}{spread} ({s['better']} is better"
               + (f"; {others})" if others else ")"))
 
 
@@ -877,7 +878,8 @@ def save_ablation(folder, rows):
     lines = ["| variant | " + " | ".join(f"{s['name']} ({s['better']})" for s in scores) + " |",
              "|---" * (len(scores) + 1) + "|"]
     for label, row in rows.items():
-        lines.append(f"| {label} | " + " | ".join(f"{s['value']:.3g}" for s in row) + " |")
+        lines.append(f"| {label} | " + " | ".join(
+            f"{s['value']:.3g}" + (f" +- {s['sd']:.2g}" if "sd" in s else "") for s in row) + " |")
     for answer in scores[0].get("trivial", {}):
         values = (s.get("trivial", {}).get(answer) for s in scores)
         lines.append(f"| {answer} | " + " | ".join("" if v is None else f"{v:.3g}"

@@ -32,7 +32,8 @@ CHOICES      where the paper is silent or differs from its authors' released cod
              delta is called variance; AdaIN as it is known takes the deviation: so here. The code
              scales by the mean of f, shifts by its variance, divides by c's: --adain released.
              phi: every VGG channel divided by its L2 norm over the picture (code); without it the
-             published weights mean nothing. Gram over H W. L_c weighs relu1_1 ... relu5_1 by i/5.
+             published weights mean nothing. A channel of norm < 0.01 gives no gradient (code: it
+             does). Gram over H W. L_c weighs relu1_1 ... relu5_1 by i/5.
              UNIT's losses, weights and least squares are the code's; |.|_1 is a mean; KL is
              mean(mu^2): the code's z has the noise in it, which adds a constant.
              Noise in z only in training (code: also in use). Masks and style of a cycle are those
@@ -40,6 +41,9 @@ CHOICES      where the paper is silent or differs from its authors' released cod
              One D update per 5 of G (code), on pictures that G has just made (code: on others).
              D's LeakyReLUs are where one expects them (code: some twice, and on the logit).
              Digits are not mirrored or cropped; streets and faces are (code: all).
+             --vgg digits (default of toy and --small, which do not count on ImageNet weights): phi
+             is a small network that the run first teaches, with labels, to name digit, ink and
+             paper: a stand-in for ImageNet's labels, kept in last.pt. The rest has no labels.
 
 SSIM         Tab. 2 compares x_AB with the *exemplar* x_B, which shows another digit, and x_BA with
              x_A. Perfect translations score 0.484 and 0.226 there, the exemplar itself 1. Here:
@@ -70,7 +74,8 @@ import common
 import toy
 from common import VGG19, Run, UserError, mean_std
 
-LAYOUT = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
+LAYOUT = ("trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B, "
+          "or toy-multiple, mnist-single, mnist-multiple")
 
 # =============================================================================================
 # 1. Configuration
@@ -109,9 +114,9 @@ def get_args(argv=None):
     add("--task", choices=list(TASKS), default=None,
         help="whose sizes and weights (Sec. 4); digits: those of --data, else street")
     add("--small", action=switch, default=False, help="digits: the toy run's settings, for a CPU")
-    add("--mnist-root", default="datasets", metavar="DIR", help="torchvision's MNIST: where")
+    add("--mnist-root", default="datasets", metavar="DIR", help="where MNIST/raw is or comes")
     add("--ablation", choices=[*ABLATIONS, "all"], default="none",
-        help="Tab. 2: what to leave out; all: each in turn, with a table and a strip")
+        help="Tab. 2: which part to leave out; all: each in turn, with a table and a strip")
     add("--size", type=int, default=512, help="width of a training picture (code)")
     add("--height", type=int, default=None, help="its height (--size if not given)")
     add("--mirror", action=switch, default=False, help="mirror training pictures at random (code)")
@@ -120,7 +125,7 @@ def get_args(argv=None):
     add("--steps", type=int, default=300_000, help="updates of G (code: 5 x 60,000 on digits)")
     add("--pretrain", type=int, default=60_000, help="updates of stage 1, which gives F (code)")
     add("--features", default=None, metavar="FILE",
-        help="skip stage 1: take F_A, F_B (and V, if trained here) from this last.pt")
+        help="skip stage 1: F_A, F_B (and V of --vgg digits) are those of this last.pt")
     add("--g-updates", type=int, default=5, help="updates of G for one of D in stage 2 (code)")
     add("--lr", type=float, default=1e-4, help="Adam's rate, times (1 - t/T)^0.9 (code)")
     add("--ngf", type=int, default=64, help="width of E, G and F (code)")
@@ -156,8 +161,11 @@ def get_args(argv=None):
         return TASKS[task] | preset | ABLATIONS.get(args.ablation, {})
 
     args = common.parse_flags(p, argv, "egscit", presets, run_name)
-    if args.g_updates < 1:
-        raise UserError(f"--g-updates {args.g_updates}: must be at least 1")
+    for name, low in (("g_updates", 1), ("pretrain", 1), ("ngf", 1), ("ndf", 1), ("d_layers", 1),
+                      ("downs", 0), ("blocks", 0)):
+        if getattr(args, name) < low:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(args, name)}: must be at least {low}")
     args.height = args.height or args.size
     args.log_every += -args.log_every % args.g_updates  # every row of log.csv has a loss of D
     for name in ("size", "height"):
@@ -168,8 +176,11 @@ def get_args(argv=None):
     for name, low, high in (("eta", 0, 1), ("zoom", 0.1, 1)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
-    if args.pretrain < 1:
-        raise UserError(f"--pretrain {args.pretrain}: must be at least 1")
+    if args.data in DIGITS and (args.height != args.size or args.size % 4):
+        raise UserError(f"--size {args.size} --height {args.height}: digits are square, their side "
+                        "a multiple of 4")
+    if args.exemplar and not args.translate:
+        raise UserError("--exemplar: needs --translate PATH")
     for flag, on in (("--vgg digits", args.vgg == "digits"), ("--small", args.small)):
         if on and args.data not in DIGITS:
             raise UserError(f"{flag}: for {', '.join(DIGITS)} only, not for --data {args.data}")
@@ -311,14 +322,18 @@ def build(args, device):
     m = with_optimisers(nets, [nets[name] for name in TRANSLATOR], args, device)
     m.F_A.requires_grad_(False)
     m.F_B.requires_grad_(False)
-    m.V = None
-    if args.lambda_c > 0 or args.lambda_s > 0:
-        taps = [f"relu{i}_1" for i in range(1, 6)]                           # Sec. 3.3
-        m.V = DigitVGG() if args.vgg == "digits" else VGG19(taps, args.vgg, ceil_mode=True)
-        m.V.to(device, memory_format=layout(args)).requires_grad_(False)
-        if args.compile:
-            m.V.forward = torch.compile(m.V.forward)
+    m.V = perceptual_network(args, device) if args.lambda_c > 0 or args.lambda_s > 0 else None
     return m
+
+
+def perceptual_network(args, device):
+    """V, the layers of phi (Sec. 3.3), frozen."""
+    taps = [f"relu{i}_1" for i in range(1, 6)]
+    V = DigitVGG() if args.vgg == "digits" else VGG19(taps, args.vgg, ceil_mode=True)
+    V.to(device, memory_format=layout(args)).requires_grad_(False)
+    if args.compile:
+        V.forward = torch.compile(V.forward)
+    return V
 
 
 def build_vaes(args, device):
@@ -396,15 +411,19 @@ def kl(mu):
 def phi(V, x):
     """Five maps (B, C_i, H_i W_i) of V, each channel divided by its L2 norm over the picture.
 
-    WHY 1e-2 at least (code: 1e-12): the gradient is divided by the norm, too. A channel that is all
-    but dead in one picture once made it 10,000 times the usual one, and a good run ended there.
+    WHY detach: the gradient is divided by the norm, too. One channel that is all but dead in one
+    picture can make it 10,000 times the usual one, and ruin a good run in a single step; such a
+    channel is compared, but not learned from. A dead channel stays zero.
     """
-    return [F.normalize(common.full(f).flatten(2), dim=2, eps=1e-2) for f in V(x).values()]
+    maps = [common.full(f).flatten(2) for f in V(x).values()]
+    maps = [torch.where(f.detach().norm(dim=2, keepdim=True) < 1e-2, f.detach(), f) for f in maps]
+    return [F.normalize(f, dim=2, eps=1e-6) for f in maps]
 
 
 def gram(f):
     """(B, C, n) -> (B, C, C): inner products of channels over n, the number of places."""
-    return f @ f.transpose(1, 2) / f.shape[2]
+    with torch.autocast(f.device.type, enabled=False):  # a loss stays in float32
+        return f @ f.transpose(1, 2) / f.shape[2]
 
 
 def content_loss(phi_AB, phi_A):
@@ -491,23 +510,23 @@ def data_folder(args):
     """The folder of --data, drawn or downloaded if need be; None for MNIST."""
     if args.data.startswith("mnist-"):
         return None
-    kind = f"digits_{DIGITS.get(args.data)}"
-    return common.find_data("toy" if args.data in DIGITS else args.data, LAYOUT,
-                            lambda: toy.ensure(kind, args.size))
+    if args.data in DIGITS:
+        return toy.ensure(f"digits_{DIGITS[args.data]}", args.size)
+    return common.find_data(args.data, LAYOUT, None)
 
 
 def mnist(args, split):
     """MNIST by torchvision as masks (N, 28, 28), True for ink (> 127.5), and labels (N,)."""
     from torchvision.datasets import MNIST
 
-    if args.size != (28 if args.data == "mnist-single" else 112):
-        raise UserError(f"--size {args.size}: pictures of {args.data} have a size of their own")
+    if args.size != (own := 28 if args.data == "mnist-single" else 112):
+        raise UserError(f"--size {args.size}: pictures of {args.data} have {own}x{own} pixels")
     try:
         data = MNIST(args.mnist_root, train=split == "train", download=not (
             Path(args.mnist_root) / "MNIST/raw/train-images-idx3-ubyte").exists())
     except (OSError, RuntimeError) as error:
         raise UserError(f"--mnist-root {args.mnist_root}: no MNIST/raw there, and torchvision "
-                        f"cannot download it ({error})") from None
+                        f"cannot download it ({' '.join(str(error).split())})") from None
     return data.data.numpy() > 127.5, data.targets.numpy()
 
 
@@ -536,7 +555,7 @@ def test_set(args, limit=None):
     """{'x_A': bytes (N, 3, H, W), 'x_B': ...} of the test split; x_AB and x_BA where known.
 
     Pair i is (x_A[i], x_B[i]), one the exemplar of the other; x_AB and x_BA are the true answers.
-    MNIST: 1000 pairs. limit: so many, evenly spaced.
+    MNIST: 1000 pairs. limit: the first so many of MNIST, of a folder evenly spaced ones.
     """
     root = data_folder(args)
     if args.data == "mnist-single":
@@ -659,7 +678,7 @@ def half_objective(x_A, f_A, f_B, maps, E_A, E_B, G_A, G_B, D_B, m, args):
     x_AA = G_A(stylise(c, f_A, f_A, args))                   # Fig. 3: reconstruction flow
     x_AB = G_B(stylise(c, f_A, f_B, args))                   # Fig. 3: translation flow
     mu_AB = encode(x_AB, E_B, m)
-    x_ABA = G_A(stylise(content(mu_AB, m), f_A, f_A, args))  # CHOICE (code): f_A, not F_A(x_ABA)
+    x_ABA = G_A(stylise(content(mu_AB, m), f_A, f_A, args))  # CHOICE (code): f_A, not F_B(x_AB)
     terms = {"rec": l1(x_AA, x_A), "KL": kl(mu), "cyc": l1(x_ABA, x_A), "KL_cyc": kl(mu_AB),
              "GAN": common.lsgan(D_B(x_AB), True)}
     L = (args.lambda_rec * terms["rec"] + args.lambda_KL * terms["KL"]             # L_VAE
@@ -737,7 +756,7 @@ def rate(step, total):
 def train_digit_vgg(V, args, device, steps=1200, batch=64):
     """Teach a `DigitVGG` to name digits, inks and papers, on the CPU about 20 s. In place.
 
-    Its pictures are not those of either domain: any colour of both sets stands on any other.
+    Both domains' pictures are among its own: any colour of both sets stands on any other.
     """
     masks, labels = (mnist(args, "train") if args.data.startswith("mnist") else
                      toy.drawn_digits(3000, 28, np.random.default_rng(0)))
@@ -772,7 +791,7 @@ def train_digit_vgg(V, args, device, steps=1200, batch=64):
 
 
 def pretrain(m, data, args):
-    """Stage 1 (Sec. 3.3), in the folder features/ of the run; fills m.F_A, m.F_B. Returns seconds.
+    """Stage 1 (Sec. 3.3), in the folder features/ of the run; fills m.F_A and m.F_B.
 
     With --resume it goes on where it stopped.
     """
@@ -781,7 +800,8 @@ def pretrain(m, data, args):
         "run_folder": str(folder), "resume": args.resume and (folder / "last.pt").exists()}))
     vaes = build_vaes(args, run.device)
     run.resume_or_start(vars(vaes))
-    show = {d: unit(x[:6]).to(run.device) for d, x in test_set(args, 6).items() if len(d) == 3}
+    test = test_set(args, 6)
+    show = {d: unit(test[d]).to(run.device) for d in ("x_A", "x_B")}
     if run.step < args.pretrain:
         print(f"stage 1: F_A and F_B learn as encoders of two VAE-GANs, in {folder}")
         for step, (x_A, x_B) in run.steps(data, args.pretrain):
@@ -790,9 +810,9 @@ def pretrain(m, data, args):
         with torch.no_grad():
             run.save_samples({"x_A": show["x_A"], "x_AA": vaes.V_A(show["x_A"])[0],
                               "x_B": show["x_B"], "x_BB": vaes.V_B(show["x_B"])[0]})
+        print(f"stage 1: {run.step} steps, {run.seconds:.0f} s")
     m.F_A.load_state_dict(vaes.V_A.F.state_dict())
     m.F_B.load_state_dict(vaes.V_B.F.state_dict())
-    return run.seconds
 
 
 def set_rate(m, lr):
@@ -809,19 +829,19 @@ def saved_parts(m, args):
 def train(args):
     """Both stages; returns (the scores, the last grid's columns)."""
     run = Run("egscit", args)
-    m, data = build(args, run.device), Unpaired(*train_domains(args), args)
-    show = test_set(args, 12 if args.size <= 32 else 6)
+    data, show = Unpaired(*train_domains(args), args), test_set(args, 12 if args.size <= 32 else 6)
+    m = build(args, run.device)
     run.resume_or_start(saved_parts(m, args))
     if args.small:
         print("small preset instead of the authors' settings: " + ", ".join(
-            f"{k} {getattr(args, k)}" for k in SMALL))
+            f"{k} {getattr(args, k)}" for k in SMALL_BOARDS))
     if run.step == 0 and args.features:
         reuse_features(m, args)
     elif run.step == 0:
         if m.V is not None and args.vgg == "digits" and not args.resume:
             train_digit_vgg(m.V, args, run.device)
         run.save()  # WHY now: a stop during stage 1 can then be resumed
-        run.seconds = pretrain(m, data, args)
+        pretrain(m, data, args)
     for step, (x_A, x_B) in run.steps(data, args.steps):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(m, show, args))
@@ -836,10 +856,17 @@ def train(args):
 
 
 def reuse_features(m, args):
-    """--features: stage 1 from another run's last.pt, which must have the same sizes."""
-    parts = saved_parts(m, args)
-    wanted = {name: parts[name] for name in ("F_A", "F_B", "V") if name in parts}
-    common.load_parts(wanted, common.load_checkpoint(args.features, "egscit")["parts"],
+    """--features: F_A, F_B and a V taught there from a run's last.pt; or F_A and F_B from the one
+    of its features/, which stage 1 wrote. Widths must be the same."""
+    parts, found = saved_parts(m, args), common.load_checkpoint(args.features, "egscit")["parts"]
+    for d in "AB":
+        if f"V_{d}" in found:
+            found[f"F_{d}"] = {name.removeprefix("F."): value for name, value
+                               in found[f"V_{d}"].items() if name.startswith("F.")}
+    if "V" in parts and "V" not in found:
+        raise UserError(f"--features {args.features}: it holds no network of --vgg digits; give "
+                        "the last.pt of a run with that flag")
+    common.load_parts({name: parts[name] for name in ("F_A", "F_B", "V") if name in parts}, found,
                       args.features)
 
 
@@ -961,13 +988,15 @@ def all_scores(m, args):
 
     A list of {"name", "value", "sd", "better", "trivial"}; SSIM and its "sd" are over the pairs.
     """
-    test, scores = test_set(args), []
+    test, scores, V = test_set(args), [], m.V
+    if V is None and not {"x_AB", "x_BA"} <= test.keys():  # L_P may be off, but not its scores
+        V = perceptual_network(args, next(m.G_A.parameters()).device)
     for way in ("AB", "BA"):
         y, (x, exemplar) = translated(m, test, args, way), (test[f"x_{d}"] for d in way)
         if f"x_{way}" in test:
             found = digit_scores(y, x, exemplar, test[f"x_{way}"])
         else:
-            found = perceptual_scores(m.V, y, x, exemplar) if m.V is not None else []
+            found = perceptual_scores(V, y, x, exemplar)
         scores += [s | {"name": f"x_{way}: {s['name']}"} for s in found]
     return scores
 
@@ -979,16 +1008,17 @@ def digit_scores(y, x, exemplar, truth):
     """
     answers = {"": y, "the truth": truth, "copy the input": x, "copy the exemplar": exemplar,
                "the exemplar's paper": paper_colour(exemplar).expand_as(x).contiguous()}
-    names = ("SSIM to the truth", "SSIM to the exemplar (Tab. 2)", "ink accuracy",
-             "paper accuracy")
-    values = {answer: (ssim(a, truth), ssim(a, exemplar),
-                       *map(torch.tensor, pixel_accuracy(a, truth)))
-              for answer, a in answers.items()}
+    names = ["SSIM to the truth", "SSIM to the exemplar (Tab. 2)"]
+    values = {answer: [ssim(a, truth), ssim(a, exemplar)] for answer, a in answers.items()}
+    if all(len(code.unique()) <= 16 for code in packed(truth)):  # digits, not photographs
+        names += ["ink accuracy", "paper accuracy"]
+        for answer, a in answers.items():
+            values[answer] += map(torch.tensor, pixel_accuracy(a, truth))
     scores = []
     for i, name in enumerate(names):
         score = {"name": name, "value": float(values[""][i].mean()), "better": "higher",
                  "trivial": {k: float(v[i].mean()) for k, v in values.items() if k}}
-        scores.append(score | ({"sd": float(values[""][i].std())} if i < 2 else {}))
+        scores.append(score | ({"sd": float(values[""][i].std(correction=0))} if i < 2 else {}))
     return scores
 
 
@@ -1012,12 +1042,11 @@ def perceptual_scores(V, y, x, exemplar):
             for i, name in enumerate(("content distance", "style distance"))]
 
 
-def load_translator(args, device, V=False):
-    """The networks of --weights, and with V also phi."""
+def load_translator(args, device):
+    """The networks of --weights, but for phi."""
     if args.weights is None:
         raise UserError("--weights FILE is needed: a last.pt of this script")
-    if not V:
-        args = argparse.Namespace(**vars(args) | {"lambda_c": 0.0, "lambda_s": 0.0})
+    args = argparse.Namespace(**vars(args) | {"lambda_c": 0.0, "lambda_s": 0.0})
     state, m = common.load_checkpoint(args.weights, "egscit"), build(args, device)
     common.load_parts({name: part for name, part in saved_parts(m, args).items()
                        if not name.startswith(("opt", "D"))}, state["parts"], args.weights)
@@ -1037,13 +1066,7 @@ def translate_files(args):
 
 def evaluate(args):
     """Tab. 2 for --weights: SSIM as mean and deviation over the test pairs, and accuracies."""
-    known = args.data in DIGITS or (data_folder(args) / "testAB").is_dir()
-    m = load_translator(args, common.pick_device(args.device), V=not known)
-    scores = all_scores(m, args)
-    common.print_scores(scores)
-    for s in scores:
-        if "sd" in s:
-            print(f"{s['name']}: {s['value']:.3f} +- {s['sd']:.3f} over the pairs")
+    common.print_scores(all_scores(load_translator(args, common.pick_device(args.device)), args))
 
 
 @torch.no_grad()
@@ -1071,8 +1094,11 @@ def embedding_figure(args):
     sheet = Image.new("RGB", (2 * side, side + 20), "white")
     draw = ImageDraw.Draw(sheet)
     for column, way in enumerate(("AB", "BA")):
-        real, made = test[f"x_{way[1]}"].flatten(1), translated(m, test, args, way).flatten(1)
+        real, made = test[f"x_{way[1]}"], translated(m, test, args, way)
         together = unit(torch.cat([real, made]))
+        if args.size > 112:  # thousands of photographs at full size do not fit into memory
+            together = F.interpolate(together, (32, 32), mode="area")
+        together = together.flatten(1)
         together = together - together.mean(0)
         axes = torch.pca_lowrank(together, 2, center=False, niter=4)[2]
         places = together @ axes
