@@ -100,7 +100,7 @@ ABLATIONS = {  # Tab. 2
 # and the sign of the contrast, so that ink and paper swap places in half of the pairs. A dearer
 # code (lambda_KL) leaves colours to the style, which has them for free; a stronger D and L_c see
 # that a swapped digit is none. D sees colours better without instance norm.
-SMALL = {"batch": 8, "steps": 2000, "pretrain": 600, "g_updates": 1, "lr": 1e-3, "ngf": 16,
+SMALL = {"batch": 8, "steps": 4000, "pretrain": 600, "g_updates": 1, "lr": 1e-3, "ngf": 16,
          "ndf": 32, "d_layers": 3, "d_norm": False, "init": "xavier", "lambda_GAN": 100.0,
          "lambda_KL": 2.0, "lambda_c": 100.0, "vgg": "digits", "workers": 0,
          "sample_every": 500}
