@@ -30,6 +30,8 @@ DATA SETS (in the layout of the real one of the same name)
     sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
                         background. Each part has its own colour. test_truth: the test sketch in
                         the colours of the next test picture, part by part; test_part: the parts.
+    textures            train test: shapes on a ground, each in a material (a pattern, two colours).
+                        test_truth: the shapes of a test picture in the materials of the next one.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -551,7 +553,7 @@ def coat_mask(scene, size):
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
 KINDS = "[AB]|_(img|label|inst|sketch|mask|truth|part)"
-OURS = re.compile(rf"((train|test|source|target)({KINDS})(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
+OURS = re.compile(rf"((train|test|source|target)({KINDS})?(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
                   r"\.png|contact\.png|boxes\.json|toy\.json")
 
 
@@ -1404,11 +1406,161 @@ def night_scores(x, reference, y_hat, y, boxes):
             for name, where in (("object error", inside), ("background error", ~inside))]
 
 
+# Data set textures: layout and material, drawn independently ---------------------------------------
+# A picture is a layout (which places are figure, which are ground) filled with two materials (a
+# pattern in two colours each). Every pattern repeats on one lattice that starts at the picture's
+# corner and looks the same in a mirror (but for "slant"), so a layout in other materials is one
+# definite picture: the true answer to "the structure of this one, the texture of that one".
+
+TEXTURE_LATTICE = 8  # periods per picture side: one is 8 pixels of 64
+PATTERNS = ("bands", "columns", "slant", "dots", "checks", "grid")
+
+
+@dataclass(frozen=True)
+class Material:
+    pattern: str  # one of PATTERNS
+    back: tuple  # RGB between the pattern's marks
+    mark: tuple  # RGB of the marks
+
+
+@dataclass(frozen=True)
+class Texture:
+    ground: Material  # light
+    figure: Material  # dark
+
+
+def sample_material(rng, figure):
+    """A pattern in two shades of one hue: dark and saturated for a figure, light for the ground."""
+    hue, low, high = rng.random(), *((0.25, 0.75) if figure else (0.55, 1.0))
+    shades = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(
+        (hue + rng.uniform(-0.06, 0.06)) % 1, rng.uniform(*saturation), value))
+        for value, saturation in ((low, (0.75, 1) if figure else (0.3, 0.6)),
+                                  (high, (0.75, 1) if figure else (0.1, 0.4)))]
+    return Material(pick(rng, PATTERNS), *(shades[::-1] if rng.random() < 0.5 else shades))
+
+
+def sample_texture(rng):
+    """Two materials, ground and figure."""
+    return Texture(sample_material(rng, False), sample_material(rng, True))
+
+
+def sample_layout(rng):
+    """[(kind, x, y, radius, turn)]: two to four figures that do not overlap much."""
+    figures = []
+    for _ in range(int(rng.integers(2, 5))):
+        for _ in range(20):
+            radius = rng.uniform(0.18, 0.28)
+            x, y = rng.uniform(0.15, 0.85, 2)
+            if all(math.hypot(x - a, y - b) > 0.8 * (radius + r) for _, a, b, r, _ in figures):
+                kind = pick(rng, ("disc", "square", "triangle", "bar"))
+                figures.append((kind, x, y, radius, rng.uniform(0, math.pi)))
+                break
+    return figures
+
+
+def figure_mask(layout, size):
+    """Where the figures are: bool array (size, size)."""
+    across = (np.arange(size) + 0.5) / size
+    mask = np.zeros((size, size), dtype=bool)
+    for kind, x, y, radius, turn in layout:
+        u, v = across[None] - x, across[:, None] - y
+        u, v = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
+        if kind == "disc":
+            mask |= u * u + v * v < radius * radius
+        elif kind == "square":
+            mask |= np.maximum(abs(u), abs(v)) < 0.8 * radius
+        elif kind == "bar":
+            mask |= (abs(u) < 1.4 * radius) & (abs(v) < 0.5 * radius)
+        else:  # three half-planes
+            mask |= np.max([u * math.cos(a) + v * math.sin(a)
+                            for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)], axis=0) < 0.6 * radius
+    return mask
+
+
+def paint_material(material, size):
+    """The material everywhere: float array (size, size, 3) in 0..255."""
+    across = ((np.arange(size) + 0.5) / size * TEXTURE_LATTICE) % 1 - 0.5  # 0: middle of a period
+    u, v = np.broadcast_arrays(across[None], across[:, None])
+    marks = {"bands": abs(v) < 0.25, "columns": abs(u) < 0.25, "slant": (u + v) % 1 < 0.5,
+             "dots": u * u + v * v < 0.3 ** 2, "checks": (abs(u) < 0.25) == (abs(v) < 0.25),
+             "grid": (abs(u) > 0.36) | (abs(v) > 0.36)}[material.pattern]
+    return np.where(marks[..., None], material.mark, material.back).astype(np.float64)
+
+
+def render_texture(layout, texture, size):
+    """The layout in the texture's two materials, an RGB Pillow picture of size x size pixels."""
+    fine = size * supersample(size)
+    inside = figure_mask(layout, fine)[..., None]
+    picture = np.where(inside, paint_material(texture.figure, fine),
+                       paint_material(texture.ground, fine))
+    return Image.fromarray(picture.round().astype(np.uint8)).reduce(supersample(size))
+
+
+def textures(out, n=800, size=64, seed=0, n_test=40):
+    """Draw pictures of layouts in materials into `out`, like `horse2zebra`: train/ and test/.
+
+    test_truth/0007.png has the layout of test/0007.png and the texture of test/0008.png (the last
+    one takes the first one's).
+    """
+    if n_test < 2:
+        raise ValueError(f"n_test is {n_test}, expected at least 2")
+
+    def drawn(stream, i, other):
+        layout = sample_layout(np.random.default_rng([seed, stream, i]))
+        return render_texture(layout, sample_texture(np.random.default_rng(
+            [seed, stream + 1, other])), size)
+
+    with published(out, describe("textures", n, size, seed)) as folder:
+        for sub, stream, count, shift in (("train", 20, n, 0), ("test", 22, n_test, 0),
+                                          ("test_truth", 22, n_test, 1)):
+            (folder / sub).mkdir()
+            for i in range(count):
+                drawn(stream, i, (i + shift) % count).save(folder / sub / f"{i:04d}.png")
+        contact_sheet(folder, [("train", "layouts in materials"), ("test", "other ones"),
+                               ("test_truth", "the same layouts in the next one's materials")],
+                      folder / "contact.png")
+
+
+def texture_scores(x, exemplar, y_hat, y):
+    """Scores of swaps y_hat (structure of x, texture of exemplar) against their true answers y.
+
+    All are float arrays (N, 3, H, W) in [-1, 1]; scores are mean absolute differences in grey
+    levels of 0..255, lower is better: "swap error" of the pictures, "palette error" of their means
+    over one period of the patterns, "pattern error" of what these means leave. The trivial answers
+    are x, the exemplar, and x with the mean and deviation of the exemplar's colour channels.
+    Returns [{"name", "value", "better", "trivial"}].
+    """
+    x, exemplar, y_hat, y = (np.asarray(a, dtype=np.float64) for a in (x, exemplar, y_hat, y))
+    radius = max(1, round(x.shape[-1] / TEXTURE_LATTICE / 2))
+
+    def statistics(a):
+        return a.mean(axis=(2, 3), keepdims=True), a.std(axis=(2, 3), keepdims=True)
+
+    (mean, std), (to_mean, to_std) = statistics(x), statistics(exemplar)
+    answers = {"copy the structure": x, "copy the texture": exemplar,
+               "colour transfer": ((x - mean) / (std + 1e-6) * to_std + to_mean).clip(-1, 1)}
+
+    def whole(a):
+        return a
+
+    def palette(a):
+        return window_mean(a, radius)
+
+    def pattern(a):
+        return a - palette(a)
+
+    return [{"name": f"{name} error", "better": "lower",
+             "value": float(np.abs(part(y_hat) - part(y)).mean() * 127.5),
+             "trivial": {answer: float(np.abs(part(a) - part(y)).mean() * 127.5)
+                         for answer, a in answers.items()}}
+            for name, part in (("swap", whole), ("palette", palette), ("pattern", pattern))]
+
+
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
             "synthetic2real": synthetic2real, "scenes": scenes, "clips": clips,
-            "sketches": sketches, "day2night": day2night}
+            "sketches": sketches, "day2night": day2night, "textures": textures}
 DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600,
-             "clips": 40, "sketches": 400, "day2night": 400}
+             "clips": 40, "sketches": 400, "day2night": 400, "textures": 800}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
