@@ -155,6 +155,25 @@ def open_rgb(path):
         raise UserError(f"{path}: not a readable picture ({error})") from None
 
 
+def open_ids(path, otherwise=""):
+    """A map of class or instance ids -> `PIL.Image` of mode L or I; palettes are read as indices.
+
+    Raises `UserError` for a picture of colours (its text ends in `otherwise`, what to do instead),
+    or one that cannot be read.
+    """
+    try:
+        with Image.open(path) as im:
+            ids, mode = np.asarray(im), im.mode
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable picture ({error})") from None
+    if mode not in ("P", "L", "1") and not mode.startswith("I"):
+        raise UserError(f"{path}: expected a map of ids with one channel, found {mode} pixels"
+                        + otherwise)
+    return Image.fromarray(ids.astype(np.int32 if mode.startswith("I") else np.uint8))
+
+
 def to_tensor(im):
     """RGB `PIL.Image` -> float tensor (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 127.5 - 1
@@ -511,6 +530,35 @@ def fid(fakes, reals, device, weights=None):
     return float(metric.compute())
 
 
+def lpips(device, otherwise):
+    """LPIPS v0.1 with AlexNet (Zhang et al. 2018), by torchmetrics: distance(a, b) -> float.
+
+    The mean over (B, 3, H, W) in [-1, 1]. Raises `UserError`, which ends in `otherwise` (what to do
+    instead), when torchvision's AlexNet cannot be had.
+    """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(device)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--evaluate: no AlexNet weights for LPIPS ({error}); "
+                        f"{otherwise}") from None
+    return lambda a, b: float(metric(a, b))
+
+
+@torch.no_grad()
+def feature_distance(vgg, a, b):
+    """LPIPS without its learned weights: squared distance of unit feature vectors, a float.
+
+    The mean over places and pictures of (B, 3, H, W), the sum over vgg's layers.
+    """
+    total = 0.0
+    for one, other in zip(vgg(a).values(), vgg(b).values(), strict=True):
+        gap = F.normalize(one, dim=1) - F.normalize(other, dim=1)
+        total += float(gap.square().sum(dim=1).mean())
+    return total
+
+
 def init_weights(net, scheme="normal", gain=0.02):
     """Draw all convolutions and linear layers anew: N(0, gain^2), or 'xavier' times gain."""
     for layer in net.modules():
@@ -816,6 +864,27 @@ def print_scores(scores):
         others = "; ".join(f"{k}: {v:.4g}" for k, v in s.get("trivial", {}).items())
         print(f"{s['name']}: {s['value']:.4g} ({s['better']} is better"
               + (f"; {others})" if others else ")"))
+
+
+def save_ablation(folder, rows):
+    """{variant: scores} as a Markdown table in folder/ablation.md, printed too.
+
+    One column per score, the first score's trivial answers below. Nothing where there are none.
+    """
+    scores = next(iter(rows.values()))
+    if not scores:  # no truth outside the toy world
+        return
+    lines = ["| variant | " + " | ".join(f"{s['name']} ({s['better']})" for s in scores) + " |",
+             "|---" * (len(scores) + 1) + "|"]
+    for label, row in rows.items():
+        lines.append(f"| {label} | " + " | ".join(f"{s['value']:.3g}" for s in row) + " |")
+    for answer in scores[0].get("trivial", {}):
+        values = (s.get("trivial", {}).get(answer) for s in scores)
+        lines.append(f"| {answer} | " + " | ".join("" if v is None else f"{v:.3g}"
+                                                   for v in values) + " |")
+    path = Path(folder) / "ablation.md"
+    path.write_text("\n".join(lines) + "\n")
+    print(f"{path}:\n\n{path.read_text()}")
 
 
 def svg_curve(name, points, width=360, height=160):

@@ -605,18 +605,11 @@ def find_pairs(root, split, args, labels=True):
 
 def open_label(path, args):
     """A label map as an 8-bit Pillow picture of classes, 255 where there is none; `UserError`."""
-    try:
-        with Image.open(path) as im:
-            if im.mode not in ("L", "P", "1", "I;16"):
-                raise UserError(f"{path}: a label map has one channel of class ids, this picture "
-                                f"is {im.mode}")
-            ids = np.asarray(im).astype(np.int64)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable label map ({error})") from None
+    ids = np.asarray(common.open_ids(path)).astype(np.int64)
     known = args.label_ids or list(range(len(args.class_names)))
     table = np.full(2**16, 255, dtype=np.uint8)
     table[known] = np.arange(len(known))
-    classes = table[ids]
+    classes = table[ids.clip(0, 2**16 - 1)]
     if not args.label_ids and (wrong := np.unique(ids[(classes == 255) & (ids != 255)])).size:
         raise UserError(f"{path}: ids {wrong[:8].tolist()} are neither one of the {len(known)} "
                         "classes of --class-names nor 255 (ignored); see --label-ids")

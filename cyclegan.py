@@ -12,7 +12,7 @@ SYMBOLS      paper                 here              shape
              x, y                  x, y              (B, 3, H, W) in [-1, 1], unpaired
              G: X -> Y, F: Y -> X  G, F              (B, 3, H, W) -> (B, 3, H, W)
              G(x), F(y)            y_hat, x_hat      (B, 3, H, W)
-             F(G(x)), G(F(y))      x_cyc, y_cyc      (B, 3, H, W)
+             F(G(x))               x_cyc             (B, 3, H, W)
              D_X, D_Y              D_X, D_Y          (B, 3, H, W) -> logits (B, 1, H', W')
              buffer of 50 images   pool_X, pool_Y    x_hat and y_hat of earlier steps
              lambda                lambda_cyc        10
@@ -219,7 +219,7 @@ def half_objective(x, y, G, F, D_Y, lambda_GAN, lambda_cyc, lambda_identity):
     """The terms of Eq. (3.3) that G's translation of x enters, as G and F minimise them.
 
     Called once as it stands, and once with the roles of the domains swapped: (y, x, F, G, D_X).
-    A term of weight 0 is not computed. Returns ([GAN, cyc, identity], their weighted sum, y_hat).
+    A term of weight 0 is not computed. Returns ((GAN, cyc, identity), their weighted sum, y_hat).
     """
     y_hat = G(x)
     GAN = common.lsgan(D_Y(y_hat), True) if lambda_GAN else None      # Eq. (3.1), G's side
@@ -435,25 +435,7 @@ def train_ablations(args):
     for x, strip in strips.items():
         common.save_grid(folder / f"ablation_{x}.png", strip)
     print(f"\nwrote {folder}/ablation_x.png and ablation_y.png")
-    if table := ablation_table(rows):
-        (folder / "ablation.md").write_text(table)
-        print(f"{folder}/ablation.md:\n\n{table}")
-
-
-def ablation_table(rows):
-    """{variant: scores} as a Markdown table, one column per score, trivial answers below."""
-    scores = next(iter(rows.values()))
-    if not scores:  # no truth outside the toy world
-        return ""
-    lines = ["| variant | " + " | ".join(s["name"] for s in scores) + " |",
-             "|---" * (len(scores) + 1) + "|"]
-    for label, row in rows.items():
-        lines.append(f"| {label} | " + " | ".join(f"{s['value']:.1f}" for s in row) + " |")
-    for answer in scores[0]["trivial"]:
-        values = (s.get("trivial", {}).get(answer) for s in scores)
-        lines.append(f"| {answer} | " + " | ".join("" if v is None else f"{v:.1f}"
-                                                   for v in values) + " |")
-    return "\n".join(lines) + "\n"
+    common.save_ablation(folder, rows)
 
 
 # =============================================================================================

@@ -831,27 +831,13 @@ def inception_scores(p):
 
 
 def perceptual_distance(args, device):
-    """(function of two batches -> mean distance, its name): LPIPS, or the same with random weights.
-
-    LPIPS (Zhang et al. 2018): squared differences of unit feature vectors, averaged over places.
-    """
+    """(function of two batches -> mean distance, its name): LPIPS, or its untrained like."""
     if args.lpips == "alex":
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        try:
-            metric = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(device)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--lpips alex: cannot get torchvision's AlexNet ({error}); --lpips "
-                            "random measures with an untrained VGG instead") from None
-        return lambda a, b: float(metric(a, b)), "LPIPS"
+        return common.lpips(device, "--lpips random measures with an untrained VGG"), "LPIPS"
     taps = ("relu1_2", "relu2_2", "relu3_4", "relu4_4")
     vgg = common.VGG19(taps, "random", ceil_mode=True).to(device)
-
-    def distance(a, b):
-        maps = [{k: F.normalize(f, dim=1) for k, f in vgg(batch).items()} for batch in (a, b)]
-        return float(sum((maps[0][k] - maps[1][k]).square().sum(1).mean() for k in taps))
-
-    return distance, "LPIPS-style distance of an UNTRAINED VGG"
+    return (functools.partial(common.feature_distance, vgg),
+            "LPIPS-style distance of an UNTRAINED VGG")
 
 
 @torch.enable_grad()

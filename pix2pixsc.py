@@ -450,7 +450,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 @functools.lru_cache(maxsize=2)
-def shuffled(n, seed):
+def shuffled(n, seed):  # same as cut.py: shuffled
     """A permutation of range(n) that depends on the seed alone."""
     return random.Random(seed).sample(range(n), n)
 
@@ -468,17 +468,7 @@ def read_image(path, size):
     return common.to_tensor(common.open_rgb(path).resize(size, Image.BICUBIC))
 
 
-def open_ids(path):
-    """A map of class ids as a one-channel Pillow picture; raises `UserError` for others."""
-    try:
-        with Image.open(path) as im:
-            im.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable label map ({error})") from None
-    if im.mode not in ("L", "P", "1") and not im.mode.startswith("I"):
-        raise UserError(f"{path}: a {im.mode} picture; expected class ids, one channel (grey or "
-                        "palette), or --label-kind picture")
-    return im
+open_ids = functools.partial(common.open_ids, otherwise="; colours need --label-kind picture")
 
 
 def read_label(path, args, size=None):
@@ -1048,12 +1038,8 @@ def ablation(args, argv):
         rows[title] = json.loads((out / name / "result.json").read_text())["scores"]
     columns |= {name: found[name] for name in found if name not in ("x", "I", "G(x, I, F(I))")}
     common.save_grid(out / "ablation.png", columns)
-    heads = [f"{s['name']} ({s['better']})" for s in rows["G, all"]]
-    table = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    table += [f"| {title} | " + " | ".join(f"{s['value']:.4g}" for s in scores) + " |"
-              for title, scores in rows.items()]
-    (out / "ablation.md").write_text("\n".join(table) + "\n")
-    print("\n".join([*table, f"table and strip: {out / 'ablation.md'}, {out / 'ablation.png'}"]))
+    print(f"\nwrote {out}/ablation.png")
+    common.save_ablation(out, rows)
 
 
 # =============================================================================================

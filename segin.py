@@ -653,25 +653,7 @@ def train_ablations(args):
         strip[label] = columns["N(x, W)"]
     common.save_grid(folder / "ablation.png", strip)
     print(f"\nwrote {folder}/ablation.png")
-    if table := ablation_table(rows):
-        (folder / "ablation.md").write_text(table)
-        print(f"{folder}/ablation.md:\n\n{table}")
-
-
-def ablation_table(rows):
-    """{variant: scores} as a Markdown table, one column per score, trivial answers below."""
-    scores = next(iter(rows.values()))
-    if not scores:  # no truth outside the toy world
-        return ""
-    lines = ["| variant | " + " | ".join(s["name"] for s in scores) + " |",
-             "|---" * (len(scores) + 1) + "|"]
-    for label, row in rows.items():
-        lines.append(f"| {label} | " + " | ".join(f"{s['value']:.3g}" for s in row) + " |")
-    for answer in scores[0]["trivial"]:
-        values = (s.get("trivial", {}).get(answer) for s in scores)
-        lines.append(f"| {answer} | " + " | ".join("" if v is None else f"{v:.3g}"
-                                                   for v in values) + " |")
-    return "\n".join(lines) + "\n"
+    common.save_ablation(folder, rows)
 
 
 # =============================================================================================
@@ -734,7 +716,7 @@ def truth_scores(m, root, args, device):
     x, y, r, truth = (t.to(device) for t in (test["x"], test["y"], test["r"], truth))
     y_hat, W = translate_all(m, x, r, args)
     scores = toy.sketch_scores(*(t.cpu() for t in (x, y_hat, truth, part, r, W)))
-    far = functools.partial(feature_distance, scoring_vgg(args, device))
+    far = functools.partial(common.feature_distance, scoring_vgg(args, device))
     scores.append({"name": "distance to the truth in VGG features", "better": "lower",
                    "value": far(y_hat, truth), "trivial": {"W itself": far(W, truth)}})
     again, W_own = translate_all(m, x, y, args)
@@ -751,19 +733,6 @@ def truth_scores(m, root, args, device):
 def scoring_vgg(args, device):
     """VGG-19 of --vgg with the five layers that LPIPS reads (its own are one convolution on)."""
     return common.VGG19([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
-
-
-@torch.no_grad()
-def feature_distance(vgg, a, b):
-    """LPIPS without its learned weights: squared distance of unit feature vectors, a float.
-
-    The mean over places and pictures of (B, 3, H, W), the sum over layers.
-    """
-    total = 0.0
-    for one, other in zip(vgg(a).values(), vgg(b).values(), strict=True):
-        gap = F.normalize(one, dim=1) - F.normalize(other, dim=1)
-        total += float(gap.square().sum(dim=1).mean())
-    return total
 
 
 def load_networks(args, device):
@@ -798,15 +767,9 @@ def translate_files(args):
 def perceptual(args, device):
     """distance(a, b) -> float for --evaluate; `UserError` if AlexNet's weights cannot be had."""
     if args.lpips == "vgg":
-        return functools.partial(feature_distance, scoring_vgg(args, device))
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    try:
-        metric = LearnedPerceptualImagePatchSimilarity("alex").to(device)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--lpips alex: no AlexNet weights ({error}); --lpips vgg measures with "
-                        "--vgg's features, not comparable with Tab. I") from None
-    return lambda a, b: float(metric(a, b))
+        return functools.partial(common.feature_distance, scoring_vgg(args, device))
+    return common.lpips(device, "--lpips vgg measures with --vgg's features, not comparable with "
+                                "Tab. I")
 
 
 def evaluate(args):

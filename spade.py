@@ -660,27 +660,10 @@ def match(image, label, inst):
     return [Pair(images[k], labels[k], insts.get(k)) for k in sorted(images)]
 
 
-def open_map(path):
-    """A label or instance map -> `PIL.Image` of ids, mode L or I; palettes are read as indices."""
-    try:
-        with Image.open(path) as im:
-            im.load()
-            if im.mode in ("P", "L", "1"):
-                return Image.fromarray(np.asarray(im).astype(np.uint8))
-            if im.mode.startswith("I"):
-                return Image.fromarray(np.asarray(im).astype(np.int32))
-            raise UserError(f"{path}: expected a map of ids with one channel, found {im.mode} "
-                            "pixels (colours?)")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from None
-
-
 def check_pairs(pairs, args):
     """Before training: sizes agree and ids are in range; fills in args.labels if it is None."""
     def look(pair):
-        maps = [open_map(f) for f in pair[1:] if f]
+        maps = [common.open_ids(f) for f in pair[1:] if f]
         try:
             with Image.open(pair.image) as im:
                 size = im.size
@@ -758,8 +741,8 @@ class LabelledPictures(torch.utils.data.Dataset):
 
         edges = torch.zeros(0, h, w)
         if args.edges:
-            edges = border(fit(open_map(pair.inst), Image.NEAREST))
-        return (to_labels(fit(open_map(pair.label), Image.NEAREST), args), edges,
+            edges = border(fit(common.open_ids(pair.inst), Image.NEAREST))
+        return (to_labels(fit(common.open_ids(pair.label), Image.NEAREST), args), edges,
                 common.to_tensor(fit(common.open_rgb(pair.image), Image.BICUBIC)))
 
     def __len__(self):
@@ -1064,13 +1047,13 @@ def translate_files(args):
     insts = dict(zip([f.stem for f in (insts if len(insts) > 1 else files)], insts, strict=False))
     size = args.size, args.height
     for f in files:
-        labels = open_map(f)
+        labels = common.open_ids(f)
         check_ids(f, np.unique(np.asarray(labels)).tolist(), args)
         edges = torch.zeros(0, args.height, args.size)
         if args.edges:  # without instance maps, borders between labels are what is known
             if insts and f.stem not in insts:
                 raise UserError(f"--inst {args.inst}: no map named {f.stem}")
-            inst = open_map(insts[f.stem]) if insts else labels
+            inst = common.open_ids(insts[f.stem]) if insts else labels
             edges = border(inst.resize(size, Image.NEAREST))
         small = to_labels(labels.resize(size, Image.NEAREST), args)
         picture = common.to_pil(synthesise(m, small[None], edges[None], z, args, device)[0])

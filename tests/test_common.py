@@ -1197,3 +1197,36 @@ def test_two_processes_do_what_one_with_the_double_batch_does(tmp_path):
         for p, mean in zip(G.parameters(), grads[step], strict=True):
             assert torch.allclose(p.grad, mean, rtol=1e-12, atol=1e-12)
     assert step == 5
+
+
+def test_ids_keep_their_values_in_every_one_channel_format(tmp_path):
+    ids = np.array([[0, 1], [2, 255]], dtype=np.uint8)
+    Image.fromarray(ids).save(tmp_path / "grey.png")
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette([7] * 768)
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(ids.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(ids > 0).save(tmp_path / "bits.png")
+    for name, truth in (("grey", ids), ("palette", ids), ("deep", ids * 257.), ("bits", ids > 0)):
+        assert np.array_equal(np.asarray(common.open_ids(tmp_path / f"{name}.png")), truth), name
+    Image.new("RGB", (2, 2)).save(tmp_path / "colours.png")
+    with pytest.raises(UserError, match="colours.png: expected .* one channel, found RGB .*; try"):
+        common.open_ids(tmp_path / "colours.png", "; try this")
+    with pytest.raises(UserError, match="absent.png: no such file"):
+        common.open_ids(tmp_path / "absent.png")
+    (tmp_path / "broken.png").write_text("text")
+    with pytest.raises(UserError, match="broken.png: not a readable picture"):
+        common.open_ids(tmp_path / "broken.png")
+
+
+def test_ablation_table(tmp_path, capsys):
+    row = [{"name": "error", "value": 12.345, "better": "lower", "trivial": {"copy": 59.31}},
+           {"name": "IoU", "value": 0.5, "better": "higher"}]
+    common.save_ablation(tmp_path, {"all": row, "without L": row[::-1]})
+    text = (tmp_path / "ablation.md").read_text()
+    assert text.splitlines() == ["| variant | error (lower) | IoU (higher) |", "|---|---|---|",
+                                 "| all | 12.3 | 0.5 |", "| without L | 0.5 | 12.3 |",
+                                 "| copy | 59.3 |  |"]
+    assert text in capsys.readouterr().out
+    common.save_ablation(tmp_path / "none", {"all": []})
+    assert not (tmp_path / "none").exists()

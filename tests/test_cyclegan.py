@@ -360,7 +360,7 @@ def test_ablation_all_writes_a_table_and_strips(tmp_path, monkeypatch, capsys):
         "GAN + backward", "CycleGAN", "copy the input", "mean coat colour", "mean colour"]
     assert table[-1] in capsys.readouterr().out
     result = json.loads((tmp_path / "run/gan/result.json").read_text())
-    assert f"| {result['scores'][0]['value']:.1f} |" in table[3]
+    assert f"| {result['scores'][0]['value']:.3g} |" in table[3]
     config = json.loads((tmp_path / "run/gan/config.json").read_text())
     assert config["ablation"] == "gan"
     strip = Image.open(tmp_path / "run/ablation_y.png")

@@ -786,8 +786,8 @@ def test_feature_distance_is_lpips_without_weights():
                 for j in range(f.shape[3]):
                     u, v = f[n, :, i, j], g[n, :, i, j]
                     total += float((u / u.norm() - v / v.norm()).square().sum()) / places / 2
-    assert segin.feature_distance(vgg, a, b) == pytest.approx(total, rel=1e-4)
-    assert segin.feature_distance(vgg, a, a) == 0
+    assert common.feature_distance(vgg, a, b) == pytest.approx(total, rel=1e-4)
+    assert common.feature_distance(vgg, a, a) == 0
 
 
 def test_lpips_is_the_papers_metric_given_alexnets_weights(monkeypatch):

@@ -582,11 +582,11 @@ def test_unlabelled_ids_become_the_last_channel(folder):
         spade.check_pairs(pairs, args)
     args = spade.get_args(["--data", str(folder), *TINY, "--unlabelled", "255"])
     spade.check_pairs(pairs, args)
-    labels = spade.to_labels(spade.open_map(pairs[0].label), args)
+    labels = spade.to_labels(common.open_ids(pairs[0].label), args)
     assert labels.max() == 4 and (labels == 4).sum() == 5 * 40 and spade.channels(args) == (5, 5)
     assert (spade.counted(labels, args) == -1).sum() == 5 * 40
     args = spade.get_args(["--data", str(folder), *TINY, "--unlabelled", "0", "--ignore", "2"])
-    labels = spade.to_labels(spade.open_map(folder / "train_label/1.png"), args)
+    labels = spade.to_labels(common.open_ids(folder / "train_label/1.png"), args)
     assert spade.channels(args) == (4, 4)  # an id among the others: a channel as any
     assert torch.equal(spade.counted(labels, args) == -1, (labels == 0) | (labels == 2))
 
@@ -664,9 +664,9 @@ def test_maps_keep_palette_indices_and_16_bits(tmp_path):
     palette = Image.fromarray(ids, mode="P") if palette.getpixel((1, 1)) != 3 else palette
     palette.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     palette.save(tmp_path / "p.png")
-    assert np.asarray(spade.open_map(tmp_path / "p.png")).tolist() == ids.tolist()
+    assert np.asarray(common.open_ids(tmp_path / "p.png")).tolist() == ids.tolist()
     Image.fromarray(ids.astype(np.uint16) * 20000).save(tmp_path / "i.png")
-    assert np.asarray(spade.open_map(tmp_path / "i.png")).tolist() == (ids * 20000.).tolist()
+    assert np.asarray(common.open_ids(tmp_path / "i.png")).tolist() == (ids * 20000.).tolist()
 
 
 # ---- the script as its users run it ----------------------------------------------------------
