@@ -2,39 +2,62 @@
 
 The encoder E turns a picture into a structure code (a map with few channels) and a texture code (a
 vector). The generator G must rebuild the picture from its own two codes, and must paint something
-realistic from the structure of one picture and the texture of another. What makes a code
-"texture"? A second discriminator looks at small patches only, so it knows nothing of the layout:
-it asks whether a patch of the hybrid comes from the same picture as patches of the one that gave
-the texture. No labels, no pairs, no domains: one folder.
+realistic from the structure of one picture and the texture of another. What makes the vector mean
+"texture"? A second discriminator sees small patches only, so it knows nothing of the layout: it
+asks whether a patch of the hybrid comes from the same picture as some patches of the one that gave
+the texture. No labels, no pairs, no domains: one folder. Editing is arithmetic on the codes.
 
 T. Park, J.-Y. Zhu, O. Wang, J. Lu, E. Shechtman, A. A. Efros, R. Zhang, "Swapping Autoencoder for
 Deep Image Manipulation", NeurIPS 2020 (arXiv 2007.00653). Numbers below are those of chapter 4 in
 T. Park, "Machine Learning for Deep Image Manipulation", UC Berkeley 2021.
 
-SYMBOLS      paper                 here          shape
-             x                     x             (B, 3, H, W) in [-1, 1]
-             E(x) = (z_s, z_t)     E(x) -> s, t  (B, 8, H/16, W/16), (B, 2048)
-             G(z_s, z_t)           G(s, t)       (B, 3, H, W)
-             x^1, x^2              x[i ^ 1], x[i]  neighbours of the batch exchange structure
-             D                     D             (B, 3, H, W) -> (B, 1) logits
-             D_patch               P             query and reference patches -> (B * 8, 1) logits
-             crop, crops           random_crops  (B, 8, 3, 128, 128)
+SYMBOLS      paper                 here            shape
+             x                     x               (B, 3, H, W) in [-1, 1]
+             (z_s, z_t) = E(x)     s, t = E(x)     (B, 8, H/16, W/16), (B, 2048)
+             G(z_s, z_t)           G(s, t)         (B, 3, H, W)
+             x^1, x^2              x[i ^ 1], x[i]  neighbours in the batch exchange structure
+             D                     D               (B, 3, H, W) -> logits (B, 1)
+             D_patch               P               references, queries -> logits (B, 8)
+             crop, crops           random_crops    (B, 8, 3, 128, 128)
 
-OBJECTIVE    Eq. (4.1)  L_rec = E |x - G(E(x))|_1
-             Eq. (4.2)  L_GAN,rec = E -log D(G(E(x)))
-             Eq. (4.3)  L_GAN,swap = E -log D(G(z_s^1, z_t^2))
-             Eq. (4.4)  L_CooccurGAN = E -log D_patch(crop(G(z_s^1, z_t^2)), crops(x^2))
+OBJECTIVE    Eq. (4.1)  L_rec(E, G) = E_x |x - G(E(x))|_1
+             Eq. (4.2)  L_GAN,rec(E, G, D) = E_x -log D(G(E(x)))
+             Eq. (4.3)  L_GAN,swap(E, G, D) = E_x1,x2 -log D(G(z_s^1, z_t^2))
+             Eq. (4.4)  L_CooccurGAN(E, G, D_patch)
+                                    = E_x1,x2 -log D_patch(crop(G(z_s^1, z_t^2)), crops(x^2))
              Sec. 4.3.4 L_total = L_rec + 0.5 L_GAN,rec + 0.5 L_GAN,swap + L_CooccurGAN
 
-USAGE        python swapae.py
-EXPECT       python swapae.py
+CHOICES      The default is the authors' released code; --follow thesis sets what the text says:
+             N hybrids of a batch of N, weight 1 (text: N/2, weight 0.5; per picture the same).
+             Two residual blocks before the upsampling ones (text: four, of unknown widths).
+             Demodulation normalises style and weights each by itself (text: StyleGAN2's, jointly).
+             Codes have unit length, at every place (text: no word of it).
+             E's skips are padded by zeros (text: reflection or nothing, so that the texture code
+             cannot know where it is).
+             R1 of D_patch weighs a quarter, for gradients to both sets of crops (text: a half, as
+             for D). D's Adam makes up for the extra R1 updates like StyleGAN2's (text: plain).
+             Without a flag, as in the code: crops are resized to 128 pixels (a quarter of 512,
+             which five halvings need); three hidden dense layers, then the logit; the structure
+             code is scaled and shifted by the texture code before G's first block; L1 is a mean;
+             no moving average of the weights (--ema has one); D and G see different batches.
+             E blurs by [1, 2, 1], the others by [1, 3, 3, 1]. Settings: --setting 1024 trains
+             768-pixel crops of narrower networks, as released (text: 1024 after 512).
+
+USAGE        python swapae.py                                 # toy world, a score at the end
+             python swapae.py --data photos/ --setting mountains
+             python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
+EXPECT       TODO
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import math
 import random
+import re
+import statistics
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,101 +70,166 @@ import common
 import toy
 from common import Run, UserError
 
-LAYOUT = "train/ (and test/) with pictures, or a folder of pictures"
+LAYOUT = "a folder of pictures, or one with train/ (and test/), or with trainA/ trainB/"
 
 # =============================================================================================
 # 1. Configuration
 # =============================================================================================
 
-THESIS = {"follow": "thesis"}
-TOY = {"size": 64, "batch": 8, "steps": 2500, "lr": 2e-3, "downs": 3, "texture": 128,
-       "width_E": 0.5, "width_G": 0.25, "width_D": 0.125, "width_P": 0.25, "patch": 32,
-       "code_norm": "rms", "workers": 0, "sample_every": 250}
+SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4.8)
+    "256": {},
+    "512": {"size": 512},
+    "mountains": {"size": 512, "lambda_patch_R1": 10.0},
+    "1024": {"size": 768, "load": 1024, "downs": 5, "texture": 1536, "patch": 256,
+             "width_E": 0.4, "width_G": 0.8},
+}
+FOLLOW = {
+    "code": {},
+    "thesis": {"hybrids": "half", "lambda_gan_swap": 0.5, "base_blocks": 4, "code_norm": "none",
+               "demodulation": "joint", "skip_padding": "reflect", "lambda_patch_R1": 2.0,
+               "lazy_adam": False},
+}
+ABLATIONS = {"none": {}, "no-cooccurrence": {"lambda_cooccur": 0.0}}
+TOY = {"size": 64, "batch": 4, "steps": 2500, "lr": 4e-3, "downs": 2, "texture": 128,
+       "width_E": 0.5, "width_G": 0.25, "width_D": 0.0625, "width_P": 0.25, "patch": 16,
+       "crops": 4, "noise": False, "lambda_rec": 4.0, "vgg": "random", "lpips": "vgg",
+       "workers": 0, "sample_every": 250}
 
 
 def get_args(argv=None):
+    """Flags in layers: defaults < --setting < --follow < toy < --ablation < checkpoint < flags."""
     p = common.base_parser(__doc__)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
-    add("--size", type=int, default=256, help="training crop in pixels (Sec. 4.4.8)")
-    add("--load", type=int, default=None, help="short side before the crop (as --size)")
-    add("--batch", type=int, default=16, help="pictures per update and process, even")
-    add("--images", type=int, default=25_000_000, help="pictures in all, D's and G's updates")
-    add("--steps", type=int, default=None, help="pairs of a D and a G update; overrides --images")
+    add("--setting", choices=list(SETTINGS), default="256", help="sizes and widths (Sec. 4.4.8)")
+    add("--follow", choices=list(FOLLOW), default="code", help="where they differ, see CHOICES")
+    add("--ablation", choices=[*ABLATIONS, "all"], default="none",
+        help="train without D_patch; all: with and without, with a table and a strip")
+    add("--size", type=int, default=256, help="training crop, sides in pixels (Sec. 4.4.8)")
+    add("--load", type=int, default=None, help="the short side is resized to this (--size)")
+    add("--batch", type=int, default=16, help="pictures per update and process, even (Sec. 4.4.8)")
+    add("--images", type=int, default=25_000_000, help="pictures shown to D and to G (code)")
+    add("--steps", type=int, default=None, help="pairs of updates, D then G; overrides --images")
     add("--lr", type=float, default=2e-3, help="Adam's rate (Sec. 4.4.8)")
     add("--beta1", type=float, default=0.0, help="Adam's first decay (Sec. 4.4.8)")
     add("--beta2", type=float, default=0.99, help="Adam's second decay (Sec. 4.4.8)")
-    add("--lazy-adam", action=switch, default=True, help="D's rate and decays for lazy R1")
-    add("--downs", type=int, default=4, help="downsampling blocks of E")
-    add("--structure", type=int, default=8, help="channels of the structure code")
-    add("--texture", type=int, default=2048, help="length of the texture code")
-    add("--width-E", type=float, default=1.0, help="width of E")
-    add("--width-G", type=float, default=1.0, help="width of G")
-    add("--width-D", type=float, default=1.0, help="width of D")
-    add("--width-P", type=float, default=1.0, help="width of P")
-    add("--base-blocks", type=int, default=2, help="residual blocks before the upsampling ones")
-    add("--demodulation", choices=["weight", "joint"], default="weight", help="modulation")
-    add("--code-norm", choices=["unit", "rms", "none"], default="unit", help="of the codes")
+    add("--lazy-adam", action=switch, default=True, help="D's Adam allows for R1 (StyleGAN2)")
+    add("--downs", type=int, default=4, help="halvings from picture to structure (Sec. 4.4.7)")
+    add("--structure", type=int, default=8, help="channels of the structure code (Sec. 4.4.7)")
+    add("--texture", type=int, default=2048, help="length of the texture code (Sec. 4.4.7)")
+    add("--base-blocks", type=int, default=2, help="G's blocks before upsampling (Sec. 4.4.7: 4)")
+    for net, what in (("E", "from 32"), ("G", "from 512"), ("D", "up to 512"), ("P", "up to 384")):
+        add(f"--width-{net}", type=float, default=1.0, help=f"factor on {net}'s widths, {what}")
+    add("--demodulation", choices=["apart", "joint"], default="apart", help="see `StyledConv`")
+    add("--code-norm", choices=["unit", "none"], default="unit", help="length of the codes")
     add("--skip-padding", choices=["zero", "reflect"], default="zero", help="of E's skips")
-    add("--hybrids", choices=["all", "half"], default="all", help="hybrids per batch")
-    add("--lambda-rec", type=float, default=1.0, help="weight of Eq. (4.1)")
-    add("--lambda-gan-rec", type=float, default=0.5, help="weight of Eq. (4.2)")
-    add("--lambda-gan-swap", type=float, default=1.0, help="weight of Eq. (4.3)")
-    add("--lambda-cooccur", type=float, default=1.0, help="weight of Eq. (4.4)")
-    add("--lambda-R1", type=float, default=10.0, help="R1 penalty of D")
-    add("--lambda-patch-R1", type=float, default=1.0, help="R1 penalty of P")
-    add("--R1-every", type=int, default=16, help="D updates between R1 updates")
-    add("--crops", type=int, default=8, help="patches per picture")
-    add("--crop", type=float, nargs=2, default=[1 / 8, 1 / 4], help="range of crop sides")
-    add("--patch", type=int, default=128, help="side that crops are resized to")
-    add("--aggregate", action=switch, default=True, help="average the reference features")
-    add("--ema", type=float, default=0.0, help="decay of the averaged E and G; 0: none")
+    add("--noise", action=switch, default=True, help="noise injection in G (Sec. 4.4.7)")
+    add("--hybrids", choices=["all", "half"], default="all",
+        help="one for every picture of a batch, or for the second half (Sec. 4.4.8)")
+    add("--lambda-rec", type=float, default=1.0, help="weight of Eq. (4.1) (Sec. 4.3.4)")
+    add("--lambda-gan-rec", type=float, default=0.5, help="weight of Eq. (4.2) (Sec. 4.3.4)")
+    add("--lambda-gan-swap", type=float, default=1.0, help="weight of Eq. (4.3) (4.3.4: 0.5)")
+    add("--lambda-cooccur", type=float, default=1.0, help="weight of Eq. (4.4) (Sec. 4.3.4)")
+    add("--lambda-R1", type=float, default=10.0, help="R1 penalty of D (Sec. 4.4.8)")
+    add("--lambda-patch-R1", type=float, default=1.0, help="R1 penalty of P (Sec. 4.4.8)")
+    add("--R1-every", type=int, default=16, help="D updates per R1 update; 0: no R1 (StyleGAN2)")
+    add("--crops", type=int, default=8, help="patches per picture (Sec. 4.4.8)")
+    add("--crop", type=float, nargs=2, default=[1 / 8, 1 / 4], metavar="SHARE",
+        help="a patch's sides, as shares of the picture's (Sec. 4.3.3; Fig. 4.6 varies them)")
+    add("--patch", type=int, default=128, help="patches are resized to this square, in pixels")
+    add("--aggregate", action=switch, default=True, help="average the references' features")
+    add("--ema", type=float, default=0.0, help="decay of averaged E and G for use; 0: none")
+    add("--exemplar", default=None, metavar="PATH",
+        help="--translate: whose texture; a picture or a folder (with --clone: whose structure)")
+    add("--alpha", type=float, nargs="+", default=[1.0], help="how far to go to its texture code")
+    add("--vector", nargs=2, default=None, metavar="FOLDER",
+        help="--translate: add the mean texture code of the first less that of the second")
+    add("--pca", type=int, default=None, metavar="K",
+        help="--translate: move along --data's K-th principal direction, in deviations")
+    add("--mask", default=None, metavar="FILE|X,Y",
+        help="--pca: of the structure code, where a picture is white, or similar to pixel X,Y")
+    add("--similar", type=float, default=0.5, help="--mask X,Y: least cosine similarity")
+    add("--gain", type=float, nargs="+", default=[1.0], help="factors of --vector or --pca")
+    add("--clone", type=int, nargs=6, default=None, metavar="PX",
+        help="--translate: copy structure from the box X Y W H to TO_X TO_Y")
+    add("--figure", choices=["grid", "interpolate", "pca", "corruptions"],
+        help="Figs. 4.4, 4.7, 4.14, 4.19 of the test pictures, from --weights")
+    add("--vgg", choices=["imagenet", "random"], default="imagenet",
+        help="VGG and Inception of the metrics: torchvision's weights, or a random stand-in")
+    add("--lpips", choices=["alex", "vgg"], default="alex",
+        help="--evaluate: LPIPS, or unweighted distances of --vgg's features")
+    add("--fid-weights", default=None, metavar="FILE", help="Inception weights for --evaluate")
 
     def presets(args):
-        return TOY if args.data == "toy" else {}
+        return (SETTINGS[args.setting] | FOLLOW[args.follow] | (TOY if args.data == "toy" else {})
+                | ABLATIONS.get(args.ablation, {}))
 
     args = common.parse_flags(p, argv, "swapae", presets, run_name)
     args.load = args.load or args.size
+    least, cells = 7 * 2 ** args.downs, 4 * args.size / 2 ** round(math.log2(max(args.size, 1)))
+    if args.size < least or args.size % 2 ** args.downs or cells % 1:
+        raise UserError(f"--size {args.size}: must be at least {least}, a multiple of "
+                        f"{2 ** args.downs}, and shrink to whole places in D (like 64, 96, 128)")
+    if args.batch % 2:
+        raise UserError(f"--batch {args.batch}: must be even, because neighbours are swapped")
+    if args.load < args.size:
+        raise UserError(f"--load {args.load}: must be at least --size {args.size}")
+    if args.patch < 8 or args.patch & (args.patch - 1):
+        raise UserError(f"--patch {args.patch}: must be a power of two, 8 at least")
+    if not 0 < args.crop[0] <= args.crop[1] <= 1:
+        raise UserError(f"--crop {args.crop[0]} {args.crop[1]}: expected two shares of a side, the "
+                        "smaller one first")
+    if args.crops < 1 or args.downs < 1 or args.base_blocks < 1 or args.R1_every < 0:
+        raise UserError("--crops, --downs, --base-blocks: must be at least 1; --R1-every: 0")
+    if not 0 <= args.ema < 1:
+        raise UserError(f"--ema {args.ema}: must lie between 0 and 1")
     return args
 
 
 def run_name(args):
-    return f"swapae-{Path(args.data).name}"
+    ablation = "" if args.ablation == "none" else f"-{args.ablation}"
+    return f"swapae-{Path(args.data).name}{ablation}"
 
 
 # =============================================================================================
 # 2. Networks
 # =============================================================================================
+# StyleGAN2's parts, in plain PyTorch. Two habits keep them fast without changing a number. Filters
+# are depthwise convolutions, and at stride 2 where only every second place is read. Constant gains
+# (sqrt 2 after leaky ReLU, 1/sqrt 2 of a residual sum) multiply the small weights, not the large
+# maps, which leaky ReLU allows because it commutes with positive factors. All of it is linear but
+# leaky ReLU, so R1 can differentiate twice.
 
 
 class EqualConv(nn.Module):
     """Convolution with run-time weight scale 1/sqrt(fan-in); maybe bias, leaky ReLU, gain sqrt 2.
 
-    `gain` of forward multiplies the result. WHY there: a positive factor may move through leaky
-    ReLU, and small weights are cheaper to scale than large maps.
+    (B, a, H, W) -> (B, b, ...). pad: zeros, or mirrored pixels with `reflect`. `gain` of forward
+    multiplies the result.
     """
 
-    def __init__(self, a, b, kernel, stride=1, activate=True, bias=True, reflect=False, pad=None):
+    def __init__(self, a, b, kernel, stride=1, pad=0, reflect=False, activate=True, bias=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(b, a, kernel, kernel))
-        self.bias = nn.Parameter(torch.zeros(b)) if bias or activate else None
-        self.stride, self.activate, self.reflect = stride, activate, reflect
-        self.pad = pad if pad is not None else kernel // 2 if stride == 1 else 0
+        self.bias = nn.Parameter(torch.zeros(b)) if bias else None
+        self.stride, self.pad, self.reflect, self.activate = stride, pad, reflect, activate
 
     def forward(self, x, gain=1.0):
         gain = gain * math.sqrt(2) if self.activate else gain
         if self.reflect:
             x = F.pad(x, (self.pad,) * 4, mode="reflect")
-        weight = self.weight * (gain * self.weight[0].numel() ** -0.5)
-        bias = None if self.bias is None else self.bias * gain
-        x = F.conv2d(x, weight, bias, self.stride, 0 if self.reflect else self.pad)
-        return F.leaky_relu_(x, 0.2) if self.activate else x
+        x = F.conv2d(x, self.weight * (gain * self.weight[0].numel() ** -0.5),
+                     None if self.bias is None else self.bias * gain, self.stride,
+                     0 if self.reflect else self.pad)
+        return F.leaky_relu_(x, 0.2) if self.activate else x  # in place: a map less to keep
 
 
 class EqualLinear(nn.Module):
-    def __init__(self, a, b, activate=False, bias=0.0):
+    """The same for vectors: (..., a) -> (..., b); the bias starts at `start`."""
+
+    def __init__(self, a, b, activate=False, start=0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(b, a))
-        self.bias = nn.Parameter(torch.full((b,), bias))
+        self.bias = nn.Parameter(torch.full((b,), start))
         self.activate = activate
 
     def forward(self, x):
@@ -151,241 +239,283 @@ class EqualLinear(nn.Module):
 
 
 class Blur(nn.Module):
-    """Padding, then the filter taps x taps / sum at every `stride`, times `gain`."""
+    """Pads (low, high), then filters by taps x taps / sum^2 at every `stride`; times `gain`.
 
-    def __init__(self, channels, taps, pad, stride=1, gain=1.0, mode="constant"):
+    (B, C, H, W) -> (B, C, (H + low + high - taps) // stride + 1, ...). WHY depthwise: the same
+    numbers as one-channel convolutions over B * C pictures, which the authors use, at a tenth of
+    the time.
+    """
+
+    def __init__(self, channels, taps, pad, stride=1, gain=1.0, reflect=False):
         super().__init__()
         row = torch.tensor(taps) / sum(taps)
         self.register_buffer("kernel", gain * torch.outer(row, row).repeat(channels, 1, 1, 1),
                              persistent=False)
-        self.pad, self.stride, self.mode = pad, stride, mode
+        self.pad, self.stride, self.reflect = pad, stride, reflect
 
     def forward(self, x):
-        low, high = self.pad
-        if low == high and self.mode == "constant":
-            return F.conv2d(x, self.kernel, None, self.stride, low, groups=x.shape[1])
-        x = F.pad(x, (low, high, low, high), mode=self.mode)
-        return F.conv2d(x, self.kernel, None, self.stride, groups=x.shape[1])
+        (low, high), C = self.pad, x.shape[1]
+        if low == high and not self.reflect:
+            return F.conv2d(x, self.kernel, None, self.stride, low, groups=C)
+        x = F.pad(x, (low, high, low, high), mode="reflect" if self.reflect else "constant")
+        return F.conv2d(x, self.kernel, None, self.stride, groups=C)
+
+
+HALF = math.sqrt(0.5)  # gain of both branches of a residual sum, which keeps its variance
 
 
 class DownBlock(nn.Module):
-    def __init__(self, a, b, reflect=False, skip_mode="constant"):
+    """StyleGAN2's residual block at half the size: (B, a, H, W) -> (B, b, H/2, W/2).
+
+    D and P: zero padding, [1, 3, 3, 1]. E (`reflect`): mirrored pixels, [1, 2, 1]; CHOICE (code):
+    but for its skip, where `skip_reflect` says which.
+    """
+
+    def __init__(self, a, b, reflect=False, skip_reflect=False):
         super().__init__()
-        taps = [1.0, 2.0, 1.0] if reflect else [1.0, 3.0, 3.0, 1.0]
-        self.conv1 = EqualConv(a, a, 3, reflect=reflect)
-        self.blur = Blur(a, taps, (2, 1) if reflect else (2, 2), mode="reflect" if reflect else
-                         "constant")
+        taps, main, skip = (([1.0, 2.0, 1.0], (2, 1), (1, 0)) if reflect else
+                            ([1.0, 3.0, 3.0, 1.0], (2, 2), (1, 1)))
+        self.conv1 = EqualConv(a, a, 3, pad=1, reflect=reflect)
+        self.blur = Blur(a, taps, main, reflect=reflect)                   # (B, a, H+1, W+1)
         self.conv2 = EqualConv(a, b, 3, stride=2)
-        self.skip_blur = Blur(a, taps, (1, 0) if reflect else (1, 1), 2, mode=skip_mode)
+        # WHY stride in the blur: a 1x1 convolution with stride 2 reads only every second place.
+        self.skip_blur = Blur(a, taps, skip, stride=2, reflect=skip_reflect)
         self.skip = EqualConv(a, b, 1, activate=False, bias=False)
 
     def forward(self, x):
-        main = self.conv2(self.blur(self.conv1(x)), 0.5 ** 0.5)
-        return main.add_(self.skip(self.skip_blur(x), 0.5 ** 0.5))
+        main = self.conv2(self.blur(self.conv1(x)), HALF)
+        return self.skip(self.skip_blur(x), HALF).add_(main)
 
 
-def normalised(code, how):
-    """Over dimension 1."""
-    if how == "none":
-        return code
-    norm = code.square().sum(1, keepdim=True) if how == "unit" else code.square().mean(
-        1, keepdim=True)
-    return code * (norm + 1e-8).rsqrt()
+class FlatBlock(nn.Module):
+    """The same at full size, P's last one: (B, a, H, W) -> (B, b, H, W)."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.conv1 = EqualConv(a, a, 3, pad=1)
+        self.conv2 = EqualConv(a, b, 3, pad=1)
+        self.skip = EqualConv(a, b, 1, activate=False, bias=False)
+
+    def forward(self, x):
+        return self.skip(x, HALF).add_(self.conv2(self.conv1(x), HALF))
+
+
+def unit(code):
+    """Vectors along dimension 1 -> the same with length 1."""
+    return code * (code.square().sum(1, keepdim=True) + 1e-8).rsqrt()
 
 
 class Encoder(nn.Module):
-    def __init__(self, widths, downs=4, structure=8, texture=2048, norm="unit", skip_mode="zero"):
+    """E: x (B, 3, H, W) -> structure (B, 8, H/16, W/16), texture (B, 2048) (Sec. 4.4.7).
+
+    widths: of `from_rgb`, of each of the `downs` halvings, of the two convolutions that lead to
+    the texture code; 30.58 M parameters. H and W need 7 * 2^downs pixels, 112; what does not fill
+    a cell of 16 pixels is left out at the right and at the bottom.
+    """
+
+    def __init__(self, widths, downs=4, structure=8, texture=2048, norm=True, skip_reflect=False):
         super().__init__()
-        self.norm, self.downs = norm, downs
-        mode = "constant" if skip_mode == "zero" else "reflect"
+        self.norm, self.multiple, c = norm, 2 ** downs, widths[downs]
+        pairs = list(zip(widths, widths[1:], strict=False))
         self.from_rgb = EqualConv(3, widths[0], 1)
-        self.down = nn.ModuleList(DownBlock(a, b, reflect=True, skip_mode=mode)
-                                  for a, b in zip(widths[:downs], widths[1:], strict=False))
-        c = widths[downs]
-        self.to_structure = nn.Sequential(
-            EqualConv(c, c, 1), EqualConv(c, structure, 1, activate=False))
-        self.pool = nn.ModuleList(EqualConv(a, b, 3, stride=2)
-                                  for a, b in zip(widths[downs:], widths[downs + 1:], strict=False))
+        self.down = nn.ModuleList(DownBlock(a, b, True, skip_reflect) for a, b in pairs[:downs])
+        self.to_structure = nn.Sequential(EqualConv(c, c, 1),
+                                          EqualConv(c, structure, 1, activate=False))
+        # No padding here, then the average over all places: the texture code knows of none.
+        self.pool = nn.Sequential(*[EqualConv(a, b, 3, stride=2) for a, b in pairs[downs:]])
         self.to_texture = EqualLinear(widths[-1], texture)
 
     def forward(self, x):
         x = self.from_rgb(x)
         for block in self.down:
-            x = block(x)
-        s = self.to_structure(x)
-        for conv in self.pool:
-            x = conv(x)
-        t = self.to_texture(x.mean((2, 3)))
-        return normalised(s, self.norm), normalised(t, self.norm)
+            x = block(x)                                                   # (B, 512, H/16, W/16)
+        s = self.to_structure(x)                                           # (B, 8, H/16, W/16)
+        t = self.to_texture(self.pool(x).mean((2, 3)))                     # (B, 2048)
+        return (unit(s), unit(t)) if self.norm else (s, t)                 # CHOICE (code)
 
 
 class StyledConv(nn.Module):
-    def __init__(self, a, b, texture, kernel=3, up=False, demodulation="weight", activate=True):
+    """Convolution modulated by the texture code, then noise, bias, leaky ReLU, gain sqrt 2.
+
+    x (B, a, H, W), t (B, texture) -> (B, b, H, W), or (B, b, 2H, 2W) with `up`. A linear layer
+    makes a scale s of every input channel from t. Demodulation keeps the variance at 1:
+    joint   StyleGAN2: each output channel is divided by the length of its weights times s.
+    apart   CHOICE (code): s is brought to a mean square of 1, the weights to unit length.
+    none    for the RGB layer, which has neither noise nor leaky ReLU.
+    WHY scaled maps instead of weights for each picture: the same product, as one convolution.
+    """
+
+    def __init__(self, a, b, texture, kernel=3, up=False, demodulation="apart", noise=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(b, a, kernel, kernel))
-        self.style = EqualLinear(texture, a, bias=1.0)
-        self.noise = nn.Parameter(torch.zeros(1)) if activate else None
+        self.noise = nn.Parameter(torch.zeros(1)) if noise else None
         self.bias = nn.Parameter(torch.zeros(b))
+        self.style = EqualLinear(texture, a, start=1.0)
         self.blur = Blur(b, [1.0, 3.0, 3.0, 1.0], (1, 1), gain=4.0) if up else None
-        self.demodulation = demodulation if activate else None
+        self.demodulation = demodulation
 
     def forward(self, x, t, gain=1.0, rng=None):
-        s = self.style(t)                                                  # (B, a)
-        weight = self.weight * self.weight[0].numel() ** -0.5
-        after = None
-        if self.demodulation == "weight":
+        """rng: CPU generator of noise that is the same for all pictures; None: fresh noise."""
+        activate = self.demodulation != "none"
+        gain = gain * math.sqrt(2) if activate else gain
+        s, weight = self.style(t), self.weight * self.weight[0].numel() ** -0.5
+        if self.demodulation == "apart":
             s = s * (s.square().mean(1, keepdim=True) + 1e-8).rsqrt()
             weight = weight * (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
-        elif self.demodulation == "joint":
-            after = (s.square() @ weight.square().sum((2, 3)).t() + 1e-8).rsqrt()
-        gain = gain * math.sqrt(2) if self.noise is not None else gain
         x = x * s[:, :, None, None]
-        if self.blur is not None:
-            x = self.blur(F.conv_transpose2d(x, (weight * gain).transpose(0, 1), stride=2))
-        else:
+        if self.blur is None:
             x = F.conv2d(x, weight * gain, None, 1, weight.shape[-1] // 2)
-        if after is not None:
-            x = x * after[:, :, None, None]
-        bias = (self.bias * gain).view(1, -1, 1, 1)
-        if self.noise is None:
-            return x + bias
-        if rng is None:
-            noise = torch.randn_like(x[:, :1])
         else:
-            noise = torch.randn(1, 1, *x.shape[2:], generator=rng).to(x)
-        x = x + torch.addcmul(bias, noise, self.noise * gain)
-        return F.leaky_relu_(x, 0.2)
+            x = F.conv_transpose2d(x, (weight * gain).transpose(0, 1), None, 2)  # (B, b, 2H+1, ...)
+            x = self.blur(x)                                                     # (B, b, 2H, 2W)
+        if self.demodulation == "joint":
+            length = s.square() @ weight.square().sum((2, 3)).t()                # (B, b)
+            x = x * (length + 1e-8).rsqrt()[:, :, None, None]
+        shift = (self.bias * gain).view(1, -1, 1, 1)
+        if self.noise is not None:
+            noise = (torch.randn_like(x[:, :1]) if rng is None else
+                     torch.randn(1, 1, *x.shape[2:], generator=rng).to(x))
+            shift = shift + noise * (self.noise * gain)
+        x = x + shift
+        return F.leaky_relu_(x, 0.2) if activate else x
 
 
 class StyledBlock(nn.Module):
-    def __init__(self, a, b, texture, up=False, demodulation="weight"):
+    """G's residual block: (B, a, H, W) -> (B, b, H, W), or (B, b, 2H, 2W) with `up`.
+
+    CHOICE (code): the skip of an upsampling block that changes its width has a bias and leaky
+    ReLU; it is upsampled bilinearly, which is the blur of the main branch but for the border.
+    """
+
+    def __init__(self, a, b, texture, up=False, **options):
         super().__init__()
         self.up = up
-        self.conv1 = StyledConv(a, b, texture, up=up, demodulation=demodulation)
-        self.conv2 = StyledConv(b, b, texture, demodulation=demodulation)
-        if not up or a != b:
-            self.skip = EqualConv(a, b, 1, activate=up, bias=up)
+        self.conv1 = StyledConv(a, b, texture, up=up, **options)
+        self.conv2 = StyledConv(b, b, texture, **options)
+        self.skip = EqualConv(a, b, 1, activate=up, bias=up) if a != b or not up else None
 
     def forward(self, x, t, rng=None):
-        half = 0.5 ** 0.5
-        skip = self.skip(x, half) if hasattr(self, "skip") else x * half
+        skip = x * HALF if self.skip is None else self.skip(x, HALF)
         if self.up:
-            skip = F.interpolate(skip, scale_factor=2, mode="bilinear")
-        return self.conv2(self.conv1(x, t, rng=rng), t, half, rng) + skip
+            skip = F.interpolate(skip, scale_factor=2.0, mode="bilinear")
+        return skip.add_(self.conv2(self.conv1(x, t, rng=rng), t, HALF, rng))
 
 
 class Generator(nn.Module):
-    def __init__(self, widths, base_blocks=2, structure=8, texture=2048, norm="unit",
-                 demodulation="weight"):
+    """G: structure (B, 8, h, w), texture (B, 2048) -> (B, 3, 16h, 16w) (Sec. 4.4.7).
+
+    head, up: widths of the blocks before upsampling, and of those that upsample; 25.06 M
+    parameters. The last layer is linear and unbounded.
+    """
+
+    def __init__(self, head, up, structure=8, texture=2048, norm=True, demodulation="apart",
+                 noise=True):
         super().__init__()
-        self.norm = norm
-        self.scale = EqualLinear(texture, structure)
-        self.shift = EqualLinear(texture, structure)
-        head = [structure] + [max(structure, round((i + 1) / base_blocks * widths[0]))
-                              for i in range(base_blocks)]
-        self.head = nn.ModuleList(
-            StyledBlock(a, b, texture, demodulation=demodulation)
-            for a, b in zip(head, head[1:], strict=False))
-        self.up = nn.ModuleList(
-            StyledBlock(a, b, texture, True, demodulation)
-            for a, b in zip(widths, widths[1:], strict=False))
-        self.to_rgb = StyledConv(widths[-1], 3, texture, 1, activate=False)
+        self.norm, widths = norm, [structure, *head, *up]
+        options = {"demodulation": demodulation, "noise": noise}
+        self.scale, self.shift = (EqualLinear(texture, structure) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            StyledBlock(a, b, texture, up=i >= len(head), **options)
+            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
+        self.to_rgb = StyledConv(widths[-1], 3, texture, 1, demodulation="none", noise=False)
 
     def forward(self, s, t, rng=None):
-        s, t = normalised(s, self.norm), normalised(t, self.norm)
+        """rng: see `StyledConv`."""
+        if self.norm:  # again, because an edited code has another length
+            s, t = unit(s), unit(t)
         x = s * self.scale(t)[:, :, None, None] + self.shift(t)[:, :, None, None]
-        for block in self.head:
-            x = block(x, t, rng)
-        for block in self.up:
-            x = block(x, t, rng)
+        for block in self.blocks:
+            x = block(x, t, rng)                                           # (B, 128, 16h, 16w)
         return self.to_rgb(x, t)
 
 
 class Discriminator(nn.Module):
+    """D: StyleGAN2's, without minibatch deviation; x (B, 3, size, size) -> logits (B, 1).
+
+    28.86 M parameters at 256 pixels.
+    """
+
     def __init__(self, size=256, width=1.0):
         super().__init__()
-        levels = round(math.log2(size))
+        levels = round(math.log2(size))                                    # 768 counts as 1024
         widths = [int(min(512, 2 ** (15 - i)) * width) for i in range(levels, 1, -1)]
-        last, cells = widths[-1], 4 * size // 2 ** levels
+        last, cells = widths[-1], (4 * size // 2 ** levels) ** 2
         self.from_rgb = EqualConv(3, widths[0], 1)
-        self.down = nn.ModuleList(DownBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.last = EqualConv(last, last, 3)
-        self.dense = EqualLinear(last * cells ** 2, last, activate=True)
-        self.logit = EqualLinear(last, 1)
+        self.down = nn.Sequential(*[DownBlock(a, b) for a, b in
+                                    zip(widths, widths[1:], strict=False)])
+        self.last = EqualConv(last, last, 3, pad=1)                        # (B, 512, 4, 4)
+        self.dense = nn.Sequential(EqualLinear(last * cells, last, activate=True),
+                                   EqualLinear(last, 1))
 
     def forward(self, x):
-        x = self.from_rgb(x)
-        for block in self.down:
-            x = block(x)
-        return self.logit(self.dense(self.last(x).flatten(1)))
-
-
-class PatchBlock(nn.Module):
-    def __init__(self, a, b):
-        super().__init__()
-        self.conv1 = EqualConv(a, a, 3)
-        self.conv2 = EqualConv(a, b, 3)
-        self.skip = EqualConv(a, b, 1, activate=False, bias=False)
-
-    def forward(self, x):
-        return self.conv2(self.conv1(x), 0.5 ** 0.5).add_(self.skip(x, 0.5 ** 0.5))
+        return self.dense(self.last(self.down(self.from_rgb(x))).flatten(1))
 
 
 class PatchDiscriminator(nn.Module):
+    """P: are queries and references patches of one picture? (Fig. 4.10); 24.52 M parameters.
+
+    `features`: (B, T, 3, patch, patch) -> (B, T, 1536); `compare`: two of these -> logits (B, T).
+    """
+
     def __init__(self, patch=128, width=1.0, aggregate=True):
         super().__init__()
         self.aggregate = aggregate
-        levels = round(math.log2(patch))
-        widths = [int(min(384, 2 ** (12 - i)) * width) for i in range(levels, 1, -1)]
+        widths = [int(min(384, 2 ** (12 - i)) * width)
+                  for i in range(round(math.log2(patch)), 1, -1)]
         last = widths[-1]
-        self.from_rgb = EqualConv(3, widths[0], 3)
-        self.down = nn.ModuleList(DownBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.block = PatchBlock(last, 2 * last)
-        self.last = EqualConv(2 * last, last, 3, pad=0)
-        units = [8 * last] + [int(n * width) for n in (2048, 2048, 1024)] + [1]
-        self.pair = nn.Sequential(*[EqualLinear(a, b, activate=b > 1) for a, b in
-                                    zip(units, units[1:], strict=False)])
+        self.from_rgb = EqualConv(3, widths[0], 3, pad=1)
+        self.down = nn.Sequential(*[DownBlock(a, b) for a, b in
+                                    zip(widths, widths[1:], strict=False)])
+        self.block = FlatBlock(last, 2 * last)                             # (B T, 768, 4, 4)
+        self.last = EqualConv(2 * last, last, 3)                           # (B T, 384, 2, 2)
+        units = [2 * 4 * last, *(int(n * width) for n in (2048, 2048, 1024)), 1]
+        self.dense = nn.Sequential(*[EqualLinear(a, b, activate=b > 1) for a, b in
+                                     zip(units, units[1:], strict=False)])
 
     def features(self, patches):
-        x = self.from_rgb(patches.flatten(0, 1))
-        for block in self.down:
-            x = block(x)
-        return self.last(self.block(x)).flatten(1).view(*patches.shape[:2], -1)
+        x = self.block(self.down(self.from_rgb(patches.flatten(0, 1))))
+        return self.last(x).flatten(1).unflatten(0, patches.shape[:2])
 
-    def compare(self, reference, query):
-        if self.aggregate:
-            reference = reference.mean(1, keepdim=True).expand_as(query)
-        return self.pair(torch.cat([reference, query], 2)).flatten(0, 1)
-
-
-def build(args, device):
-    torch.manual_seed(args.seed)
-    E, G = encoder(args), generator(args)
-    D = Discriminator(args.size, args.width_D)
-    P = PatchDiscriminator(args.patch, args.width_P, args.aggregate)
-    for net in (E, G, D, P):
-        net.to(device, memory_format=torch.channels_last if args.channels_last
-               else torch.contiguous_format)
-    adam = functools.partial(torch.optim.Adam, fused=device.type in ("cuda", "cpu"))
-    c = args.R1_every / (args.R1_every + 1) if args.lazy_adam and args.R1_every else 1.0
-    m = SimpleNamespace(E=E, G=G, D=D, P=P)
-    m.opt_G = adam([*E.parameters(), *G.parameters()], args.lr, (args.beta1, args.beta2))
-    m.opt_D = adam([*D.parameters(), *P.parameters()], args.lr * c,
-                   (args.beta1 ** c, args.beta2 ** c))
-    return m
+    def compare(self, references, queries):
+        if self.aggregate:  # Sec. 4.4.8; if not, query j is compared with reference j alone
+            references = references.mean(1, keepdim=True).expand_as(queries)
+        return self.dense(torch.cat([references, queries], dim=2)).squeeze(2)
 
 
 def encoder(args):
-    widths = [min(args.texture, round(2 ** (5 + i) * args.width_E)) for i in range(args.downs + 3)]
-    return Encoder(widths, args.downs, args.structure, args.texture, args.code_norm,
-                   args.skip_padding)
+    widths = [min(args.texture, round(32 * 2 ** i * args.width_E)) for i in range(args.downs + 3)]
+    return Encoder(widths, args.downs, args.structure, args.texture, args.code_norm == "unit",
+                   args.skip_padding == "reflect")
 
 
 def generator(args):
-    widths = [int(min(512, 128 * 2 ** (args.downs - i)) * args.width_G)
-              for i in range(args.downs + 1)]
-    return Generator(widths, args.base_blocks, args.structure, args.texture, args.code_norm,
-                     args.demodulation)
+    up = [int(min(512, 128 * 2 ** (args.downs - i)) * args.width_G) for i in range(args.downs + 1)]
+    head = [max(args.structure, round((i + 1) / args.base_blocks * up[0]))
+            for i in range(args.base_blocks)]
+    return Generator(head, up[1:], args.structure, args.texture, args.code_norm == "unit",
+                     args.demodulation, args.noise)
+
+
+def build(args, device):
+    """E, G, D, P, their two Adams and, with --ema, the averaged E and G."""
+    torch.manual_seed(args.seed)
+    m = SimpleNamespace(E=encoder(args), G=generator(args),
+                        D=Discriminator(args.size, args.width_D),
+                        P=PatchDiscriminator(args.patch, args.width_P, args.aggregate))
+    for net in vars(m).values():
+        net.to(device, memory_format=torch.channels_last if args.channels_last
+               else torch.contiguous_format)
+    if args.ema:
+        m.E_ema, m.G_ema = (copy.deepcopy(net).requires_grad_(False) for net in (m.E, m.G))
+    adam = functools.partial(torch.optim.Adam, fused=device.type in ("cuda", "cpu"))
+    m.opt_G = adam([*m.E.parameters(), *m.G.parameters()], args.lr, (args.beta1, args.beta2))
+    # CHOICE (StyleGAN2, code): R1 adds an update to every 16, so each counts as 16/17 of one.
+    c = args.R1_every / (args.R1_every + 1) if args.lazy_adam and args.R1_every else 1.0
+    m.opt_D = adam([*m.D.parameters(), *m.P.parameters()], args.lr * c,
+                   (args.beta1 ** c, args.beta2 ** c))
+    if args.compile:  # WHY not D and P: R1 differentiates them twice, compiled code only once
+        m.E.forward, m.G.forward = torch.compile(m.E.forward), torch.compile(m.G.forward)
+    return m
 
 
 # =============================================================================================
@@ -393,23 +523,32 @@ def generator(args):
 # =============================================================================================
 
 
-def r1_penalty(logits, *inputs):
-    """Sum over inputs of the mean over pictures of |d logits / d input|^2 / 2."""
-    grads = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    return sum(g.square().flatten(1).sum(1).mean() / 2 for g in grads)
+def random_crops(x, args, rng):
+    """crops of Eq. (4.4): (B, 3, H, W) -> (B, crops, 3, patch, patch); rng: CPU generator.
 
-
-def random_crops(x, count, low, high, side, rng):
-    n = len(x) * count
-    flip = torch.where(torch.rand(n, 1, generator=rng) < 0.5, -1.0, 1.0)
-    scale = low + (high - low) * torch.rand(n, 2, generator=rng)        # of width and height
-    offset = (2 * torch.rand(n, 2, generator=rng) - 1) * (1 - scale)
+    Width and height are drawn one by one from --crop, the place and a mirror at random; each patch
+    is resized bilinearly. CHOICE (code): samples reach from edge to edge of the patch, so at the
+    picture's border half a pixel is blended with zero.
+    """
+    n, (low, high), side = len(x) * args.crops, args.crop, args.patch
+    mirror = 1 - 2 * (torch.rand(n, generator=rng) < 0.5).float()
+    sides = low + (high - low) * torch.rand(n, 2, generator=rng)           # width, height
+    middle = (2 * torch.rand(n, 2, generator=rng) - 1) * (1 - sides)       # in [-1, 1]
     across = torch.linspace(-1, 1, side)
-    h = (across * scale[:, :1] * flip + offset[:, :1])[:, None, :].expand(-1, side, -1)
-    v = (across * scale[:, 1:] + offset[:, 1:])[:, :, None].expand(-1, -1, side)
-    grid = torch.stack([h, v], 3).view(len(x), count * side, side, 2).to(x)
-    patches = F.grid_sample(x, grid, align_corners=False)
-    return patches.unflatten(2, (count, side)).transpose(1, 2)
+    columns = middle[:, :1] + across * (sides[:, 0] * mirror)[:, None]     # (n, side)
+    rows = middle[:, 1:] + across * sides[:, 1:]
+    grid = torch.stack([columns[:, None].expand(-1, side, -1),
+                        rows[:, :, None].expand(-1, -1, side)], dim=3)     # (n, side, side, 2)
+    # All patches of a picture are one tall picture, so that the picture need not be repeated.
+    tall = F.grid_sample(x, grid.view(len(x), -1, side, 2).to(x), align_corners=False)
+    return tall.unflatten(2, (args.crops, side)).transpose(1, 2)
+
+
+def r1_penalty(logits, *inputs):
+    """R1 (Mescheder et al. 2018): mean over pictures of |d logits / d input|^2 / 2, summed over
+    inputs (B, ...) that need a graph."""
+    grads = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+    return sum(grad.square().flatten(1).sum(1).mean() / 2 for grad in grads)
 
 
 # =============================================================================================
@@ -417,35 +556,72 @@ def random_crops(x, count, low, high, side, rng):
 # =============================================================================================
 
 
+def find_pictures(root, split):
+    """Files of root/SPLIT, or of root/SPLITA and root/SPLITB together; [] if there are none."""
+    for names in ([split], [f"{split}A", f"{split}B"]):
+        if all((Path(root) / name).is_dir() for name in names):
+            return [f for name in names for f in common.list_pictures(Path(root) / name)]
+    return []
+
+
+def training_files(root):
+    """The pictures of train/, trainA/ and trainB/, or of the folder itself; `UserError`."""
+    files = find_pictures(root, "train") or common.list_pictures(root)
+    if len(files) < 2:
+        raise UserError(f"{root}: one picture, but swapping needs two; expected {LAYOUT}")
+    return files
+
+
+def test_files(root):
+    return find_pictures(root, "test") or training_files(root)
+
+
+def resized(file, args, rng=None):
+    """The short side becomes --load; then a square of --size, in the middle or drawn by `rng`.
+
+    -> (3, size, size) in [-1, 1]. With rng, half of them are mirrored (CHOICE: code).
+    """
+    im, size = common.open_rgb(file), args.size
+    zoom = args.load / min(im.size)
+    w, h = (max(size, round(side * zoom)) for side in im.size)
+    place = rng.random() if rng else 0.5, rng.random() if rng else 0.5
+    left, top = round((w - size) * place[0]), round((h - size) * place[1])
+    im = im.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
+    if rng and rng.random() < 0.5:
+        im = im.transpose(Image.FLIP_LEFT_RIGHT)
+    return common.to_tensor(im)
+
+
 class Pictures(torch.utils.data.Dataset):
-    def __init__(self, files, args):
-        self.files, self.args = files, args
+    """`self[n]`: the n-th sample of the run, one picture for D's update and one for G's.
+
+    Walks through a new shuffle of the files every epoch; depends on (seed, n) alone.
+    """
+
+    def __init__(self, root, args):
+        self.files, self.args = training_files(root), args
 
     def __getitem__(self, n):
-        return self.picture(2 * n), self.picture(2 * n + 1)
+        return tuple(self.picture(2 * n + i) for i in (0, 1))
 
     def picture(self, n):
-        rng = random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.files))
         order = shuffled(len(self.files), common.mix(self.args.seed, "epoch", epoch))
-        im = common.open_rgb(self.files[order[i]])
-        size, zoom = self.args.size, self.args.load / min(im.size)
-        w, h = (max(size, round(side * zoom)) for side in im.size)
-        left, top = rng.randint(0, w - size), rng.randint(0, h - size)
-        im = im.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
-        return common.to_tensor(im if rng.random() < 0.5 else im.transpose(Image.FLIP_LEFT_RIGHT))
+        rng = random.Random(common.mix(self.args.seed, n))
+        return resized(self.files[order[i]], self.args, rng)
 
     def __len__(self):
         return len(self.files)
 
 
-@functools.lru_cache(maxsize=4)
-def shuffled(n, seed):
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed):  # same as cut.py: shuffled
     """A permutation of range(n) that depends on the seed alone."""
     return random.Random(seed).sample(range(n), n)
 
 
 def random_batch(args, device):
+    """(x_D, x_G) of noise, shaped and laid out as in training; for bench.py."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     shape = (args.batch, 3, args.size, args.size)
     return [torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout) for _ in "DG"]
@@ -456,95 +632,95 @@ def random_batch(args, device):
 # =============================================================================================
 
 
-def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
-    losses = d_step(m, x_D, args, rng, average)
-    if args.R1_every and (step + 1) % args.R1_every == 0:
-        losses |= r1_step(m, x_D, args, rng, average)
-    losses |= g_step(m, x_G, args, rng, average)
-    return {name: loss.detach() for name, loss in losses.items()}
+def rebuild_and_swap(m, x, args):
+    """x (B, 3, H, W) -> rec (B/2), mix (B, or B/2 with --hybrids half), and mix's textures in x.
 
-
-def codes_to_pictures(m, x, args):
+    rec[i] = G(s_i, t_i) for the first half; mix[i] = G(s_(i xor 1), t_i): neighbours exchange
+    structure, so mix[i] must carry the texture of x[i]. One pass of E serves both, one of G too.
+    """
+    half, hybrids = len(x) // 2, len(x) if args.hybrids == "all" else len(x) // 2
     s, t = m.E(x)
-    half = len(x) // 2
-    hybrids = len(x) if args.hybrids == "all" else half
     swapped = s.unflatten(0, (half, 2)).flip(1).flatten(0, 1)
-    if args.hybrids == "half":
-        swapped, t_mix = swapped[half:], t[half:]
-    else:
-        t_mix = t
-    out = m.G(torch.cat([s[:half], swapped]), torch.cat([t[:half], t_mix]))
-    return out[:half], out[half:], x[-hybrids:]
+    s, t = torch.cat([s[:half], swapped[-hybrids:]]), torch.cat([t[:half], t[-hybrids:]])
+    rec, mix = common.full(m.G(s, t)).split([half, hybrids])
+    return rec, mix, x[-hybrids:]
 
 
-def crops_of(x, args, rng):
-    return random_crops(x, args.crops, *args.crop, args.patch, rng)
+def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
+    """One update of D and P on x_D, one of E and G on x_G, both (B, 3, H, W); losses by name.
 
+    rng: CPU generator of the crops. average: gradients over processes. step: counts from 0; every
+    --R1-every-th step has an R1 update of D and P between the two.
+    """
+    losses, gan = {}, common.non_saturating
+    autocast = functools.partial(torch.autocast, x_D.device.type, torch.bfloat16, enabled=args.amp)
+    cooccur = args.lambda_cooccur > 0
 
-def d_step(m, x, args, rng, average):
-    with torch.no_grad():
-        rec, mix, x_t = codes_to_pictures(m, x, args)
-    real, fake_rec, fake_mix = m.D(torch.cat([x, rec, mix])).split([len(x), len(rec), len(mix)])
-    gan = common.non_saturating
-    losses = {"D_real": gan(real, True), "D_rec": gan(fake_rec, False),
-              "D_mix": gan(fake_mix, False)}
-    L = losses["D_real"] + 0.5 * losses["D_rec"] + 0.5 * losses["D_mix"]
-    if args.lambda_cooccur > 0:
-        patches = torch.cat([crops_of(p, args, rng) for p in (x_t, x_t, mix)])
-        reference, query, fake = m.P.features(patches).chunk(3)
-        losses["P_real"] = gan(m.P.compare(reference, query), True)
-        losses["P_mix"] = gan(m.P.compare(reference, fake), False)
-        L = L + losses["P_real"] + losses["P_mix"]
+    # ---- D and P: E and G are used as they are, without a graph --------------------------------
+    with autocast(), torch.no_grad():
+        rec, mix, x_t = rebuild_and_swap(m, x_D, args)
     m.opt_D.zero_grad(set_to_none=True)
-    L.backward()
+    with autocast():  # no layer of D mixes pictures, so all can share one pass
+        real, fake_rec, fake_mix = m.D(torch.cat([x_D, rec, mix])).split(
+            [len(x_D), len(rec), len(mix)])
+    losses |= {"D_real": gan(real, True), "D_rec": gan(fake_rec, False),
+               "D_mix": gan(fake_mix, False)}
+    (losses["D_real"] + 0.5 * losses["D_rec"] + 0.5 * losses["D_mix"]).backward()
+    if cooccur:  # the same references serve the real pair and the fake one
+        with autocast():
+            patches = torch.cat([random_crops(p, args, rng) for p in (x_t, x_t, mix)])
+            references, real, fake = m.P.features(patches).chunk(3)
+            losses["P_real"] = gan(m.P.compare(references, real), True)
+            losses["P_mix"] = gan(m.P.compare(references, fake), False)
+        (losses["P_real"] + losses["P_mix"]).backward()
     average(m.D, m.P)
     m.opt_D.step()
-    return losses
 
+    # ---- R1, on the same pictures; CHOICE (code): an update of its own -------------------------
+    if args.R1_every and (step + 1) % args.R1_every == 0:
+        m.opt_D.zero_grad(set_to_none=True)
+        x = x_D.detach().requires_grad_()
+        losses["R1"] = r1_penalty(m.D(x), x)
+        (args.R1_every * args.lambda_R1 * losses["R1"]).backward()
+        if cooccur:
+            references, queries = (random_crops(x_t, args, rng).requires_grad_() for _ in "rq")
+            logits = m.P.compare(m.P.features(references), m.P.features(queries))
+            losses["R1_P"] = 0.5 * r1_penalty(logits, references, queries)
+            (args.R1_every * args.lambda_patch_R1 * losses["R1_P"]).backward()
+        average(m.D, m.P)
+        m.opt_D.step()
 
-def r1_step(m, x, args, rng, average):
-    x = x.detach().requires_grad_()
-    R1 = r1_penalty(m.D(x), x)
-    m.opt_D.zero_grad(set_to_none=True)
-    (args.lambda_R1 * args.R1_every * R1).backward()
-    losses = {"R1": R1.detach()}
-    if args.lambda_cooccur > 0:
-        reference, query = (crops_of(x.detach(), args, rng).detach().requires_grad_()
-                            for _ in range(2))
-        logits = m.P.compare(m.P.features(reference), m.P.features(query))
-        R1 = 0.5 * r1_penalty(logits, reference, query)
-        (args.lambda_patch_R1 * args.R1_every * R1).backward()
-        losses["patch_R1"] = R1.detach()
-    average(m.D, m.P)
-    m.opt_D.step()
-    return losses
-
-
-def g_step(m, x, args, rng, average):
-    for net in (m.D, m.P):
-        net.requires_grad_(False)
-    rec, mix, x_t = codes_to_pictures(m, x, args)
-    half = len(rec)
-    losses = {"rec": (common.full(rec) - x[:half]).abs().mean()}           # Eq. (4.1)
-    gan = common.non_saturating
-    real_rec, real_mix = m.D(torch.cat([rec, mix])).split([half, len(mix)])
-    losses["GAN_rec"] = gan(real_rec, True)                                 # Eq. (4.2)
-    losses["GAN_swap"] = gan(real_mix, True)                                # Eq. (4.3)
-    L = (args.lambda_rec * losses["rec"] + args.lambda_gan_rec * losses["GAN_rec"]
-         + args.lambda_gan_swap * losses["GAN_swap"])
-    if args.lambda_cooccur > 0:
-        with torch.no_grad():
-            reference = m.P.features(crops_of(x_t, args, rng))
-        query = m.P.features(crops_of(mix, args, rng))
-        losses["cooccur"] = gan(m.P.compare(reference, query), True)        # Eq. (4.4)
-        L = L + args.lambda_cooccur * losses["cooccur"]
+    # ---- E and G --------------------------------------------------------------------------------
+    with autocast():
+        rec, mix, x_t = rebuild_and_swap(m, x_G, args)
+    losses["rec"] = (rec - x_G[:len(rec)]).abs().mean()                       # Eq. (4.1)
+    with autocast():
+        fooled_rec, fooled_mix = m.D(torch.cat([rec, mix])).split([len(rec), len(mix)])
+    losses["GAN_rec"] = gan(fooled_rec, True)                                 # Eq. (4.2)
+    losses["GAN_swap"] = gan(fooled_mix, True)                                # Eq. (4.3)
+    # WHY stop at the pictures: D's and P's weights must get no gradient here, and the maps of one
+    # are freed before the other makes its own. The last lines hand the gradient on to E and G.
+    grad_rec, grad_mix = torch.autograd.grad(
+        args.lambda_gan_rec * losses["GAN_rec"] + args.lambda_gan_swap * losses["GAN_swap"],
+        [rec, mix])
+    if cooccur:
+        with autocast():
+            with torch.no_grad():
+                references = m.P.features(random_crops(x_t, args, rng))
+            queries = m.P.features(random_crops(mix, args, rng))
+            losses["cooccur"] = gan(m.P.compare(references, queries), True)   # Eq. (4.4)
+        grad_mix = grad_mix + torch.autograd.grad(args.lambda_cooccur * losses["cooccur"], mix)[0]
     m.opt_G.zero_grad(set_to_none=True)
-    L.backward()
+    torch.autograd.backward([args.lambda_rec * losses["rec"], rec, mix],      # Sec. 4.3.4, L_total
+                            [None, grad_rec, grad_mix])
     average(m.E, m.G)
     m.opt_G.step()
-    for net in (m.D, m.P):
-        net.requires_grad_(True)
-    return losses
+    if args.ema:
+        for name in "EG":
+            nets = getattr(m, f"{name}_ema"), getattr(m, name)
+            for mean, new in zip(*(net.parameters() for net in nets), strict=True):
+                mean.lerp_(new.detach(), 1 - args.ema)
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 # =============================================================================================
@@ -557,50 +733,565 @@ def data_folder(args):
 
 
 def train(args):
+    """Train and score; returns (the scores, the last grid's columns)."""
     run = Run("swapae", args)
     root = data_folder(args)
-    data = Pictures(common.list_pictures(root / "train" if (root / "train").is_dir() else root),
-                    args)
-    total = args.steps or args.images // (2 * args.batch * run.world)
+    data = Pictures(root, args)
+    total = args.steps or max(1, args.images // (2 * args.batch * run.world))
+    show = test_pictures(root, args, run.device, limit=6)
     m = build(args, run.device)
     run.resume_or_start(vars(m))
-    show = common.list_pictures(root / "test")[:7]
-    show = torch.stack([common.to_tensor(common.open_rgb(f)) for f in show]).to(run.device)
+    if args.data == "toy":
+        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
-            run.save_samples(grid(m, show))
+            run.save_samples(swap_grid(in_use(m), show, show[:5], args))
         run.log(train_step(m, x_D, x_G, args, run.rng(), run.average_gradients, step))
-    run.save_samples(grid(m, show))
-    scores = []
-    if args.data == "toy":
-        scores = truth_scores(m, root, args, run.device)
+    columns = swap_grid(in_use(m), show, show[:5], args)
+    run.save_samples(columns)
+    scores = truth_scores(in_use(m), root, args, run.device) if args.data == "toy" else []
     run.finish(scores)
+    return scores, columns
+
+
+def train_ablations(args):
+    """With and without D_patch for the same steps; a table (toy world) and a strip of swaps."""
+    folder, rows, strip = Path(args.run_folder), {}, {}
+    for name, change in ABLATIONS.items():
+        label = "SwapAE" if name == "none" else name
+        print(f"---- {label} ----", flush=True)
+        variant = argparse.Namespace(**vars(args) | change | {
+            "ablation": name, "run_folder": str(folder / name)})
+        rows[label], columns = train(variant)
+        strip = strip or {"structure": columns["structure"]}
+        strip |= {f"{k}, {label}": columns[k] for k in ("texture 1", "texture 2")}
+    common.save_grid(folder / "ablation.png", strip)
+    print(f"\nwrote {folder}/ablation.png")
+    common.save_ablation(folder, rows)
+
+
+# =============================================================================================
+# 7. Translate, edit, evaluate
+# =============================================================================================
+
+
+def in_use(m):
+    """The E and G to translate with: the averaged ones of --ema, if there are any."""
+    return SimpleNamespace(E=getattr(m, "E_ema", m.E), G=getattr(m, "G_ema", m.G))
+
+
+# ---- Editing codes (Sec. 4.4.5, 4.4.6): pure functions of tensors ------------------------------
+
+
+def padded(x, E):
+    """x (B, 3, H, W) -> at least 7 cells of E each way, whole cells; more at right and bottom."""
+    h, w = x.shape[2:]
+    right, bottom = (max(7 * E.multiple, n + -n % E.multiple) - n for n in (w, h))
+    return F.pad(x, (0, right, 0, bottom), "reflect" if right < w and bottom < h else "replicate")
 
 
 @torch.no_grad()
+def embed(m, x, args):
+    """x (B, 3, H, W) of any size -> structure (B, 8, h, w), texture (B, 2048)."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+        s, t = m.E(padded(x, m.E))
+    return s.float(), t.float()
+
+
+@torch.no_grad()
+def paint(m, s, t, args, size=None):
+    """G(s, t) in [-1, 1], cut to size (H, W); one texture code serves any number of structures.
+
+    WHY a seeded generator: the noise stays the same from edit to edit, so only the edit shows.
+    """
+    rng = torch.Generator().manual_seed(args.seed)
+    with torch.autocast(s.device.type, torch.bfloat16, enabled=args.amp):
+        x = m.G(s, t.expand(len(s), -1), rng)
+    h, w = size or x.shape[2:]
+    return x[:, :, :h, :w].float().clamp(-1, 1)
+
+
+def swap(m, x, texture, args, alpha=1.0):
+    """The structure of x (B, 3, H, W) in the texture of another (1 or B, 3, H', W'), same size.
+
+    alpha: how far to go from the texture code of x (0) to the other's (1), Fig. 4.7.
+    """
+    s, t = embed(m, x, args)
+    return paint(m, s, t.lerp(embed(m, texture, args)[1], alpha), args, x.shape[2:])
+
+
+def attribute(t_plus, t_minus):
+    """Two groups of texture codes (N, C), (M, C) -> the direction (1, C) from one to the other."""
+    return t_plus.mean(0, keepdim=True) - t_minus.mean(0, keepdim=True)
+
+
+def principal_directions(codes, count):
+    """Codes (N, C) -> directions (count, C) of length 1, strongest first, deviations (count).
+
+    Their largest component is positive, so that a direction has one sign only.
+    """
+    centred = codes.double() - codes.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.t() @ centred / len(codes))
+    vectors = vectors.flip(1)[:, :count].t()
+    sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    return (vectors * sign).to(codes), values.flip(0)[:count].clamp(min=0).sqrt().to(codes)
+
+
+def edit_region(s, direction, mask):
+    """Adds a direction (C) to the structure s (B, C, h, w) where mask (B or 1, 1, h, w) is 1."""
+    return s + mask * direction.view(1, -1, 1, 1)
+
+
+def similarity_mask(s, row, column, least=0.5):
+    """Cells whose structure resembles that of cell (row, column): (B, 1, h, w) of 0 and 1."""
+    s = unit(s)
+    return ((s * s[:, :, row:row + 1, column:column + 1]).sum(1, keepdim=True) >= least).to(s)
+
+
+def clone(s, source, box, to):
+    """s (B, C, h, w) with the box (left, top, width, height) of source's cells put at `to`
+    (left, top); what would leave either map is dropped."""
+    (left, top, width, height), (x, y) = box, to
+    width = max(0, min(width, source.shape[3] - left, s.shape[3] - x))
+    height = max(0, min(height, source.shape[2] - top, s.shape[2] - y))
+    s = s.clone()
+    s[:, :, y:y + height, x:x + width] = source[:, :, top:top + height, left:left + width]
+    return s
+
+
+# ---- Commands -----------------------------------------------------------------------------------
+
+
+def load_networks(args, device):
+    """E and G from --weights: a checkpoint of this script, or the file that the authors released.
+
+    The widths of theirs are read from the shapes.
+    """
+    if args.weights is None:
+        raise UserError("--weights FILE is needed: a last.pt of this script or the authors' file")
+    state = common.load_file(args.weights)
+    if isinstance(state, dict) and "method" in state:
+        m = SimpleNamespace(E=encoder(args), G=generator(args))
+        ema = "_ema" if args.ema else ""
+        common.load_parts(vars(m), {k: state["parts"].get(k + ema) for k in "EG"}, args.weights)
+    else:
+        m = released(state, args.weights)
+    for net in vars(m).values():
+        net.to(device).eval()
+    return m
+
+
+# The authors' names -> ours. Blocks of a list are numbered in their order (theirs by resolution).
+LAYERS = {
+    "E.FromRGB": "E.from_rgb", "E.ToSpatialCode": "E.to_structure", "E.ToGlobalCode.0":
+    "E.to_texture", "G.SpatialCodeModulation.scale": "G.scale", "G.SpatialCodeModulation.bias":
+    "G.shift", "G.ToRGB": "G.to_rgb", "D.stylegan2_D.convs.0": "D.from_rgb",
+    "D.stylegan2_D.final_conv": "D.last", "D.stylegan2_D.final_linear": "D.dense",
+    "Dpatch.convs.0": "P.from_rgb", "Dpatch.convs.5": "P.block", "Dpatch.convs.6": "P.last",
+    "Dpatch.pairlinear": "P.dense"}
+LISTS = {r"E\.DownToSpatialCode\.\w+": "E.down", r"E\.DownToGlobalCode\.\w+": "E.pool",
+         r"G\.\w+Block\d+": "G.blocks", r"D\.stylegan2_D\.convs\.\w+": "D.down",
+         r"Dpatch\.convs\.\w+": "P.down"}
+
+
+def rename(state):
+    """The authors' state_dict -> {our name, with "E." and so on before it: tensor}.
+
+    Their filters and their counter are left out; additional dimensions of 1 are dropped.
+    """
+    ours, seen = {}, {}
+    for key, value in state.items():
+        if key.endswith("kernel") or "." not in key:
+            continue
+        for theirs, name in LAYERS.items():
+            if key.startswith(theirs + "."):
+                key = name + key[len(theirs):]
+        for theirs, name in LISTS.items():
+            if match := re.match(theirs, key):
+                blocks = seen.setdefault(name, [])
+                blocks += [match[0]] * (match[0] not in blocks)
+                key = f"{name}.{blocks.index(match[0])}{key[match.end():]}"
+        key = re.sub(r"\.(conv\.)?modulation\.", ".style.", key)
+        key = re.sub(r"\.(Conv|Act|conv|activate)\.(?=weight|bias)", ".", key)
+        key = key.replace(".noise.weight", ".noise")
+        ours[key] = (value[0] if value.dim() == 5 else value.flatten() if value.dim() == 4 and
+                     key.endswith("bias") else value)
+    return ours
+
+
+def released(state, path):
+    """The authors' file -> E and G, their widths read from the shapes; `UserError`."""
+    try:
+        ours = rename(state)
+
+        def widths(kind, layer):
+            keys = (f"{kind}.{i}{layer}.weight" for i in range(99))
+            return [len(ours[key]) for key in itertools.takewhile(ours.__contains__, keys)]
+
+        down, blocks = widths("E.down", ".conv2"), widths("G.blocks", ".conv1")
+        structure, texture = ours["E.to_structure.1.weight"], ours["E.to_texture.weight"]
+        codes, head = (len(structure), len(texture)), len(blocks) - len(down)
+        m = SimpleNamespace(
+            E=Encoder([len(ours["E.from_rgb.weight"]), *down, *widths("E.pool", "")],
+                      len(down), *codes),
+            G=Generator(blocks[:head], blocks[head:], *codes))
+        for name, net in vars(m).items():
+            net.load_state_dict({k[2:]: v for k, v in ours.items() if k.startswith(f"{name}.")})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path}: neither a checkpoint of swapae.py nor one released by the "
+                        "authors (a state_dict with E. and G.)") from None
+    return m
+
+
+def open_batch(path, args, device, limit=1000):
+    """{E's input}: pictures of a file or a folder, evenly spaced, as (N, 3, size, size)."""
+    files = common.list_pictures(path)
+    files = files[::max(1, len(files) // limit)][:limit]
+    return torch.stack([resized(f, args) for f in files]).to(device)
+
+
+def texture_codes(m, pictures, args):
+    """(N, 3, H, W) -> (N, 2048), a few at a time."""
+    return torch.cat([embed(m, x, args)[1] for x in pictures.split(8)])
+
+
+def structure_codes(m, pictures, args):
+    """(N, 3, H, W) -> (N * h * w, 8): every place is a sample."""
+    return torch.cat([embed(m, x, args)[0].permute(0, 2, 3, 1).flatten(0, 2)
+                      for x in pictures.split(8)])
+
+
+def direction_of(m, args, device):
+    """What --vector or --pca adds to a code, (1, C)."""
+    if args.vector:
+        return attribute(*(texture_codes(m, open_batch(folder, args, device), args)
+                           for folder in args.vector))
+    files = training_files(data_folder(args))
+    files = files[::max(1, len(files) // 1000)][:1000]
+    pictures = torch.stack([resized(f, args) for f in files]).to(device)
+    codes = (structure_codes if args.mask else texture_codes)(m, pictures, args)
+    if not 1 <= args.pca <= codes.shape[1]:
+        raise UserError(f"--pca {args.pca}: the code has directions 1 to {codes.shape[1]}")
+    directions, deviations = principal_directions(codes, args.pca)
+    return directions[-1:] * deviations[-1]
+
+
+def mask_of(s, x, args, multiple):
+    """--mask -> (1, 1, h, w) over the cells of s, for the picture x (1, 3, H, W)."""
+    if re.fullmatch(r"\d+,\d+", args.mask):
+        column, row = (int(n) // multiple for n in args.mask.split(","))
+        if row >= s.shape[2] or column >= s.shape[3]:
+            raise UserError(f"--mask {args.mask}: outside of a picture of "
+                            f"{x.shape[3]}x{x.shape[2]}")
+        return similarity_mask(s, row, column, args.similar)
+    white = common.to_tensor(common.open_rgb(args.mask)).mean(0)[None, None] / 2 + 0.5
+    if white.shape[2:] != x.shape[2:]:
+        raise UserError(f"--mask {args.mask}: {white.shape[3]}x{white.shape[2]} pixels, but the "
+                        f"picture has {x.shape[3]}x{x.shape[2]}")
+    h, w = (n * multiple for n in s.shape[2:])
+    white = F.pad(white, (0, w - white.shape[3], 0, h - white.shape[2]))
+    return F.avg_pool2d(white, multiple).to(s)
+
+
+def translate_files(args):
+    """Edit --translate, a picture or a folder; several --alpha or --gain give strips side by side.
+
+    --exemplar: the texture of another picture (a folder: each in turn, a folder of outputs each).
+    """
+    if sum(map(bool, (args.exemplar and not args.clone, args.vector, args.pca, args.clone))) != 1:
+        raise UserError("--translate needs one of --exemplar, --vector, --pca, --clone")
+    if args.mask and not args.pca:
+        raise UserError("--mask: chooses where --pca moves the structure code")
+    device = common.pick_device(args.device)
+    m, out = load_networks(args, device), Path(args.out or "translated")
+    cell = m.E.multiple
+    exemplars = [None]
+    if args.exemplar:
+        exemplars = common.list_pictures(args.exemplar)
+    direction = direction_of(m, args, device) if args.vector or args.pca else None
+    for file in exemplars:
+        other = file and embed(m, common.to_tensor(common.open_rgb(file))[None].to(device), args)
+
+        def edit(x, other=other):
+            x = x.to(device)
+            s, t = embed(m, x, args)
+            if args.clone:
+                box = [n // cell for n in args.clone]
+                edits = [(clone(s, other[0] if other else s, box[:4], box[4:]), t)]
+            elif args.mask:
+                mask = mask_of(s, x, args, cell)
+                edits = [(edit_region(s, gain * direction, mask), t) for gain in args.gain]
+            elif direction is not None:
+                edits = [(s, t + gain * direction) for gain in args.gain]
+            else:
+                edits = [(s, t.lerp(other[1], alpha)) for alpha in args.alpha]
+            return torch.cat([paint(m, *codes, args, x.shape[2:]) for codes in edits], dim=3)
+
+        common.translate_files(args.translate, out / file.stem if len(exemplars) > 1 else out, edit)
+
+
+# ---- Pictures of many swaps ----------------------------------------------------------------------
+
+
+def test_pictures(root, args, device, limit=None):
+    """(N, 3, size, size) of the test split (else of the training pictures), evenly spaced."""
+    files = test_files(root)
+    files = files[::max(1, len(files) // limit) if limit else 1][:limit]
+    return torch.stack([resized(f, args) for f in files]).to(device)
+
+
+def swap_grid(m, structures, textures, args):
+    """Fig. 4.4 as columns: structures, reconstructions, then a column per texture (top row)."""
+    (s, own), t = embed(m, structures, args), embed(m, textures, args)[1]
+    blank = torch.ones_like(structures[:1])
+    columns = {"structure": [blank, structures], "own texture": [blank, paint(m, s, own, args)]}
+    for i, picture in enumerate(textures):
+        columns[f"texture {i + 1}"] = [picture[None], paint(m, s, t[i:i + 1], args)]
+    return {label: torch.cat(column) for label, column in columns.items()}
+
+
+def figure(args):
+    """--figure, written as NAME.png beside --weights or in --out; tables are printed."""
+    device = common.pick_device(args.device)
+    m, root = load_networks(args, device), data_folder(args)
+    show = test_pictures(root, args, device, limit=6)
+    if args.figure == "grid":
+        columns = swap_grid(m, show, show, args)
+    elif args.figure == "corruptions":
+        columns = {name: change(show) for name, change in CORRUPTIONS.items()}
+        networks = metric_networks(args, device)
+        print(f"SIFID and self-similarity distance to the original ({args.vgg} weights)")
+        for name, pictures in list(columns.items())[1:]:
+            print(f"{name}: {sifid(networks, show, pictures):.4g} "
+                  f"{self_similarity(networks, show, pictures):.4g}")
+    elif args.figure == "interpolate":
+        other, alphas = show.roll(-1, dims=0), (0.0, 0.25, 0.5, 0.75, 1.0)
+        columns = {"structure": show}
+        columns |= {f"alpha {a:g}": swap(m, show, other, args, a) for a in alphas}
+        columns["texture"] = other
+        networks = metric_networks(args, device)
+        print(f"Fig. 4.6: SIFID to the texture picture, self-similarity distance to the structure "
+              f"picture ({args.vgg} weights)")
+        for a in alphas:
+            y = columns[f"alpha {a:g}"]
+            print(f"alpha {a:g}: {sifid(networks, other, y):.4g} "
+                  f"{self_similarity(networks, show, y):.4g}")
+    else:
+        files = training_files(root)
+        files = files[::max(1, len(files) // 500)][:500]
+        pictures = torch.stack([resized(f, args) for f in files]).to(device)
+        directions, deviations = principal_directions(texture_codes(m, pictures, args), 3)
+        (s, t), columns = embed(m, show, args), {"picture": show}
+        for k in range(len(directions)):
+            for gain in (-2, 2):
+                step = gain * deviations[k] * directions[k]
+                columns[f"PCA {k + 1}: {gain:+d}"] = paint(m, s, t + step, args)
+    path = Path(args.out or Path(args.weights).parent) / f"{args.figure}.png"
+    common.save_grid(path, columns)
+    print(f"wrote {path}")
+
+
+# ---- Metrics (Sec. 4.4.2, 4.4.4, 4.4.11) ---------------------------------------------------------
+
+
+def torchvision_layers(name, args):
+    """The feature layers of torchvision's inception_v3 (to Conv2d_4a) or vgg16, frozen."""
+    import torchvision
+
+    net = getattr(torchvision.models, name)(weights=None, **(
+        {"init_weights": False} if name == "inception_v3" else {}))
+    if args.vgg == "random":
+        rng = torch.Generator().manual_seed(16)
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=rng)
+    else:
+        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        try:
+            net.load_state_dict(source.get_state_dict(progress=True, check_hash=True))
+        except (OSError, RuntimeError) as error:
+            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
+            raise UserError(f"--vgg imagenet: cannot download {source.url} ({error}); put that "
+                            f"file at {cache}, or use --vgg random") from None
+    if name == "vgg16":
+        return net.features.eval().requires_grad_(False)
+    return nn.Sequential(net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, net.maxpool1,
+                         net.Conv2d_3b_1x1, net.Conv2d_4a_3x3).eval().requires_grad_(False)
+
+
+def metric_networks(args, device):
+    """What `sifid` and `self_similarity` look through."""
+    return SimpleNamespace(inception=torchvision_layers("inception_v3", args).to(device),
+                           vgg=torchvision_layers("vgg16", args).to(device))
+
+
+@torch.no_grad()
+def sifid(networks, a, b):
+    """Single-image FID (Shaham et al. 2019) of pictures (B, 3, H, W) in [-1, 1], the mean.
+
+    Frechet distance of the two pictures' Inception features before the second pooling, 192
+    numbers per place: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+    """
+    total = 0.0
+    for pair in zip(a, b, strict=True):
+        f, g = (networks.inception(x[None])[0].flatten(1).double() for x in pair)  # (192, places)
+        C_a, C_b = torch.cov(f), torch.cov(g)
+        values, vectors = torch.linalg.eigh(C_a)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
+        mixed = torch.linalg.eigvalsh(root @ C_b @ root).clamp(min=0).sqrt().sum()
+        total += float((f.mean(1) - g.mean(1)).square().sum() + C_a.trace() + C_b.trace()
+                       - 2 * mixed)
+    return total / len(a)
+
+
+@torch.no_grad()
+def self_similarity(networks, a, b, side=32):
+    """Self-similarity distance (Kolkin et al. 2019) of (B, 3, H, W) in [-1, 1], the mean.
+
+    Colours and nine VGG-16 layers at up to side^2 places; D holds the cosine distances between
+    all places of a picture, columns scaled to sum 1; places x mean |D_a - D_b|.
+    """
+    taps = (1, 3, 6, 8, 11, 13, 15, 22, 29)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(a) for v in
+                 ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def distances(x):
+        size = [min(side, n) for n in x.shape[2:]]
+        maps, x = [x], ((x + 1) / 2 - mean) / std
+        for i, layer in enumerate(networks.vgg[:taps[-1] + 1]):
+            x = layer(x)
+            if i in taps:
+                maps.append(x.clone())                                     # ReLU is in place
+        f = torch.cat([F.interpolate(f, size, mode="bilinear") for f in maps], dim=1)
+        f = F.normalize(f.flatten(2), dim=1)                               # (1, C, places)
+        D = 1 - f.transpose(1, 2) @ f
+        return D / D.sum(1, keepdim=True)
+
+    gaps = [(distances(p[None]) - distances(q[None])).abs().mean() * min(side, a.shape[2])
+            * min(side, a.shape[3]) for p, q in zip(a, b, strict=True)]
+    return float(sum(gaps)) / len(a)
+
+
+def shift(x, part=8):
+    """Moves pictures by an eighth of their sides, mirroring what enters."""
+    h, w = (n // part for n in x.shape[2:])
+    return F.pad(x, (w, 0, h, 0), mode="reflect")[:, :, :x.shape[2], :x.shape[3]]
+
+
+def rotate(x, degrees=20):
+    """Turns pictures, mirroring what enters."""
+    a = math.radians(degrees)
+    turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
+    grid = F.affine_grid(turn.expand(len(x), 2, 3).to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def blur(x, radius=2):
+    """Two box filters of 2 radius + 1 pixels."""
+    for _ in range(2):
+        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, 1)
+    return x
+
+
+def white_noise(x, deviation=0.3):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return (x + deviation * noise.to(x)).clamp(-1, 1)
+
+
+CORRUPTIONS = {"original": lambda x: x, "shift": shift, "rotation": rotate, "blur": blur,
+               "noise": white_noise}                                       # Fig. 4.19
+
+
+def stacked(root, folder, device):
+    files = common.list_pictures(Path(root) / folder)
+    return torch.stack([common.to_tensor(common.open_rgb(f)) for f in files]).to(device)
+
+
 def truth_scores(m, root, args, device):
-    x, y = (torch.stack([common.to_tensor(common.open_rgb(f)) for f in common.list_pictures(root / d)])
-            for d in ("test", "test_truth"))
-    s, t = m.E(x)
-    y_hat = m.G(s, t.roll(-1, 0), torch.Generator().manual_seed(0)).clamp(-1, 1)
-    rec = m.G(s, t, torch.Generator().manual_seed(0)).clamp(-1, 1)
-    return toy.texture_scores(x, x.roll(-1, 0), y_hat, y) + [
-        {"name": "rec", "value": float((rec - x).abs().mean() * 127.5), "better": "lower"}]
+    """Scores of swaps with the next picture's texture against the toy world's true answers."""
+    x, y = stacked(root, "test", device), stacked(root, "test_truth", device)
+    other = x.roll(-1, dims=0)
+    y_hat = torch.cat([swap(m, *pair, args) for pair in zip(x.split(1), other.split(1),
+                                                            strict=True)])
+    again = torch.cat([swap(m, p, p, args) for p in x.split(1)])
+    flat = x.mean((2, 3), keepdim=True)
+    scores = toy.texture_scores(*(p.cpu() for p in (x, other, y_hat, y)))
+    scores.append({"name": "reconstruction error", "better": "lower",
+                   "value": float((again - x).abs().mean() * 127.5),
+                   "trivial": {"mean colour": float((flat - x).abs().mean() * 127.5)}})
+    return scores
 
 
-@torch.no_grad()
-def grid(m, x):
-    s, t = m.E(x)
-    rng = lambda: torch.Generator().manual_seed(0)
-    out = {"structure": torch.cat([torch.ones_like(x[:1]), x]),
-           "rec": torch.cat([torch.ones_like(x[:1]), m.G(s, t, rng())])}
-    for i in range(len(x)):
-        out[f"texture {i}"] = torch.cat([x[i:i + 1], m.G(s, t[i:i + 1].expand(len(s), -1), rng())])
-    return out
+def evaluate(args):
+    """Reconstruction, time, and both distances and FID of swaps of the test pictures."""
+    device = common.pick_device(args.device)
+    m, root = load_networks(args, device), data_folder(args)
+    scores = truth_scores(m, root, args, device) if args.data == "toy" else []
+    x = test_pictures(root, args, device)
+    if len(x) < 2:
+        raise UserError(f"--evaluate: two or more test pictures are needed in {root}")
+    away = 1 if args.data == "toy" else len(x) // 2       # neighbours are often video frames
+    other, networks = x.roll(-away, dims=0), metric_networks(args, device)
+    if args.lpips == "alex":
+        distance = common.lpips(device, "--lpips vgg measures with --vgg's features instead")
+    else:
+        vgg = common.VGG19([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
+        distance = functools.partial(common.feature_distance, vgg)
+    again, mix, seconds = [], [], {"embedding": [], "hybrid": []}
+    for p, q in zip(x.split(1), other.split(1), strict=True):
+        start = time.perf_counter()
+        s, t = embed(m, p, args)
+        t[0, 0].item()                                                     # waits for a GPU
+        seconds["embedding"].append(time.perf_counter() - start)
+        again.append(paint(m, s, t, args))
+        start = time.perf_counter()
+        mix.append(swap(m, p, q, args))
+        mix[-1][0, 0, 0, 0].item()
+        seconds["hybrid"].append(time.perf_counter() - start)
+    again, mix = torch.cat(again), torch.cat(mix)
+    name = "LPIPS" if args.lpips == "alex" else f"VGG distance ({args.vgg})"
+    n, kind = len(x), f"{args.vgg} weights"
+    pairs = list(zip(x.split(1), other.split(1), again.split(1), strict=True))
+    scores += [
+        {"name": f"reconstruction {name} ({n} pictures)", "better": "lower",
+         "value": statistics.mean(distance(r, p) for p, _, r in pairs),
+         "trivial": {"another picture": statistics.mean(distance(q, p) for p, q, _ in pairs)}},
+        {"name": "reconstruction L1", "better": "lower", "value": float((again - x).abs().mean()),
+         "trivial": {"another picture": float((other - x).abs().mean())}},
+        {"name": f"SIFID of swaps to the texture ({kind})", "better": "lower",
+         "value": sifid(networks, mix, other),
+         "trivial": {"copy the structure": sifid(networks, x, other)}},
+        {"name": f"self-similarity distance of swaps to the structure ({kind})", "better": "lower",
+         "value": self_similarity(networks, mix, x),
+         "trivial": {"copy the texture": self_similarity(networks, other, x)}}]
+    for what, times in seconds.items():
+        scores.append({"name": f"{what}, seconds on {device.type}", "better": "lower",
+                       "value": statistics.median(times)})
+    if args.data != "toy" or args.fid_weights:
+        value = common.fid(mix.split(1), x.split(1), device, args.fid_weights)
+        scores.append({"name": f"FID ({n} swaps, {n} structure pictures, 299x299)", "value": value,
+                       "better": "lower"})
+    common.print_scores(scores)
+
+
+# =============================================================================================
+# 8. Main
+# =============================================================================================
 
 
 def main(argv=None):
-    train(get_args(argv))
+    args = get_args(argv)
+    if args.translate:
+        translate_files(args)
+    elif args.figure:
+        figure(args)
+    elif args.evaluate:
+        evaluate(args)
+    elif args.ablation == "all":
+        train_ablations(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

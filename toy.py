@@ -1406,7 +1406,7 @@ def night_scores(x, reference, y_hat, y, boxes):
             for name, where in (("object error", inside), ("background error", ~inside))]
 
 
-# Data set textures: layout and material, drawn independently ---------------------------------------
+# Data set textures: layout and material, drawn independently --------------------------------------
 # A picture is a layout (which places are figure, which are ground) filled with two materials (a
 # pattern in two colours each). Every pattern repeats on one lattice that starts at the picture's
 # corner and looks the same in a mirror (but for "slant"), so a layout in other materials is one
