@@ -43,6 +43,9 @@ ROWS = {
     "init": [("MUNIT without X-Y-X cycle", ["--method", "munit", "--lambda-cyc", "0"]),
              ("MUNIT", ["--method", "munit"]), ("INIT, 2 crops of 120", []),
              ("INIT, 2 crops of 128", ["--object-size", "128"])],
+    "swapae": [("Swapping Autoencoder, 2 crops of 128", ["--size", "128", "--batch", "2"]),
+               ("Swapping Autoencoder, 2 crops of 128, R1 in every step",
+                ["--size", "128", "--batch", "2", "--R1-every", "1"])],
 }
 MODES = ("fp32", "amp", "compile", "amp+compile")
 

@@ -58,6 +58,7 @@ import random
 import re
 import statistics
 import time
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -944,10 +945,9 @@ def released(state, path):
     return m
 
 
-def open_batch(path, args, device, limit=1000):
-    """{E's input}: pictures of a file or a folder, evenly spaced, as (N, 3, size, size)."""
-    files = common.list_pictures(path)
-    files = files[::max(1, len(files) // limit)][:limit]
+def opened(files, args, device, limit=1000):
+    """Files, at most `limit`, evenly spaced -> (N, 3, size, size), cut from the middle."""
+    files = files[::max(1, len(files) // limit) if limit else 1][:limit]
     return torch.stack([resized(f, args) for f in files]).to(device)
 
 
@@ -965,11 +965,9 @@ def structure_codes(m, pictures, args):
 def direction_of(m, args, device):
     """What --vector or --pca adds to a code, (1, C)."""
     if args.vector:
-        return attribute(*(texture_codes(m, open_batch(folder, args, device), args)
-                           for folder in args.vector))
-    files = training_files(data_folder(args))
-    files = files[::max(1, len(files) // 1000)][:1000]
-    pictures = torch.stack([resized(f, args) for f in files]).to(device)
+        return attribute(*(texture_codes(m, opened(common.list_pictures(folder), args, device),
+                                         args) for folder in args.vector))
+    pictures = opened(training_files(data_folder(args)), args, device)
     codes = (structure_codes if args.mask else texture_codes)(m, pictures, args)
     if not 1 <= args.pca <= codes.shape[1]:
         raise UserError(f"--pca {args.pca}: the code has directions 1 to {codes.shape[1]}")
@@ -1036,9 +1034,7 @@ def translate_files(args):
 
 def test_pictures(root, args, device, limit=None):
     """(N, 3, size, size) of the test split (else of the training pictures), evenly spaced."""
-    files = test_files(root)
-    files = files[::max(1, len(files) // limit) if limit else 1][:limit]
-    return torch.stack([resized(f, args) for f in files]).to(device)
+    return opened(test_files(root), args, device, limit)
 
 
 def swap_grid(m, structures, textures, args):
@@ -1071,16 +1067,14 @@ def figure(args):
         columns |= {f"alpha {a:g}": swap(m, show, other, args, a) for a in alphas}
         columns["texture"] = other
         networks = metric_networks(args, device)
-        print(f"Fig. 4.6: SIFID to the texture picture, self-similarity distance to the structure "
+        print("Fig. 4.6: SIFID to the texture picture, self-similarity distance to the structure "
               f"picture ({args.vgg} weights)")
         for a in alphas:
             y = columns[f"alpha {a:g}"]
             print(f"alpha {a:g}: {sifid(networks, other, y):.4g} "
                   f"{self_similarity(networks, show, y):.4g}")
     else:
-        files = training_files(root)
-        files = files[::max(1, len(files) // 500)][:500]
-        pictures = torch.stack([resized(f, args) for f in files]).to(device)
+        pictures = opened(training_files(root), args, device)
         directions, deviations = principal_directions(texture_codes(m, pictures, args), 3)
         (s, t), columns = embed(m, show, args), {"picture": show}
         for k in range(len(directions)):
@@ -1095,35 +1089,38 @@ def figure(args):
 # ---- Metrics (Sec. 4.4.2, 4.4.4, 4.4.11) ---------------------------------------------------------
 
 
-def torchvision_layers(name, args):
-    """The feature layers of torchvision's inception_v3 (to Conv2d_4a) or vgg16, frozen."""
-    import torchvision
-
-    net = getattr(torchvision.models, name)(weights=None, **(
-        {"init_weights": False} if name == "inception_v3" else {}))
-    if args.vgg == "random":
-        rng = torch.Generator().manual_seed(16)
-        for layer in net.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=rng)
-    else:
-        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-        try:
-            net.load_state_dict(source.get_state_dict(progress=True, check_hash=True))
-        except (OSError, RuntimeError) as error:
-            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
-            raise UserError(f"--vgg imagenet: cannot download {source.url} ({error}); put that "
-                            f"file at {cache}, or use --vgg random") from None
-    if name == "vgg16":
-        return net.features.eval().requires_grad_(False)
-    return nn.Sequential(net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, net.maxpool1,
-                         net.Conv2d_3b_1x1, net.Conv2d_4a_3x3).eval().requires_grad_(False)
-
-
 def metric_networks(args, device):
-    """What `sifid` and `self_similarity` look through."""
-    return SimpleNamespace(inception=torchvision_layers("inception_v3", args).to(device),
-                           vgg=torchvision_layers("vgg16", args).to(device))
+    """What `sifid` and `self_similarity` look through: the first layers of torchvision's
+    inception_v3 and vgg16, frozen. `UserError` when their weights cannot be had."""
+    from torchvision.models import Inception_V3_Weights, VGG16_Weights
+    from torchvision.models.inception import BasicConv2d
+    from torchvision.models.vgg import cfgs, make_layers
+
+    inception = nn.Sequential(OrderedDict(
+        Conv2d_1a_3x3=BasicConv2d(3, 32, kernel_size=3, stride=2),
+        Conv2d_2a_3x3=BasicConv2d(32, 32, kernel_size=3),
+        Conv2d_2b_3x3=BasicConv2d(32, 64, kernel_size=3, padding=1),
+        maxpool1=nn.MaxPool2d(3, 2),
+        Conv2d_3b_1x1=BasicConv2d(64, 80, kernel_size=1),
+        Conv2d_4a_3x3=BasicConv2d(80, 192, kernel_size=3)))
+    nets = SimpleNamespace(inception=inception, vgg=make_layers(cfgs["D"][:-1]))
+    rng = torch.Generator().manual_seed(16)
+    for net, source, prefix in ((nets.inception, Inception_V3_Weights.IMAGENET1K_V1, ""),
+                                (nets.vgg, VGG16_Weights.IMAGENET1K_V1, "features.")):
+        if args.vgg == "random":
+            for layer in net.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=rng)
+        else:
+            try:
+                state = source.get_state_dict(progress=True, check_hash=True)
+            except (OSError, RuntimeError) as error:
+                cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
+                raise UserError(f"--vgg imagenet: cannot download {source.url} ({error}); put "
+                                f"that file at {cache}, or use --vgg random") from None
+            net.load_state_dict({k: state[prefix + k] for k in net.state_dict()})
+        net.to(device).eval().requires_grad_(False)
+    return nets
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ DATA SETS (in the layout of the real one of the same name)
     sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
                         background. Each part has its own colour. test_truth: the test sketch in
                         the colours of the next test picture, part by part; test_part: the parts.
-    textures            train test: shapes on a ground, each in a material (a pattern, two colours).
-                        test_truth: the shapes of a test picture in the materials of the next one.
+    textures            train test: shapes on a ground, both tiled (a motif, two colours each).
+                        test_truth: the shapes of a test picture in the tiles of the next one.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -1407,20 +1407,20 @@ def night_scores(x, reference, y_hat, y, boxes):
 
 
 # Data set textures: layout and material, drawn independently --------------------------------------
-# A picture is a layout (which places are figure, which are ground) filled with two materials (a
-# pattern in two colours each). Every pattern repeats on one lattice that starts at the picture's
-# corner and looks the same in a mirror (but for "slant"), so a layout in other materials is one
-# definite picture: the true answer to "the structure of this one, the texture of that one".
+# A picture is a layout (which places are figure, which are ground) filled with two kinds of tiles
+# (a motif in two colours each). All tiles lie on one lattice with visible joints, so that every
+# picture tells where its tiles are, whatever their motif: a layout in other materials is one
+# definite picture, the true answer to "the structure of this one, the texture of that one".
 
-TEXTURE_LATTICE = 8  # periods per picture side: one is 8 pixels of 64
-PATTERNS = ("bands", "columns", "slant", "dots", "checks", "grid")
+TILES = 8  # per picture side: one is 8 pixels of 64
+MOTIFS = ("plain", "dot", "bar", "post")
 
 
 @dataclass(frozen=True)
 class Material:
-    pattern: str  # one of PATTERNS
-    back: tuple  # RGB between the pattern's marks
-    mark: tuple  # RGB of the marks
+    motif: str  # one of MOTIFS
+    back: tuple  # RGB of the tile
+    mark: tuple  # RGB of its motif and of the joints
 
 
 @dataclass(frozen=True)
@@ -1430,13 +1430,13 @@ class Texture:
 
 
 def sample_material(rng, figure):
-    """A pattern in two shades of one hue: dark and saturated for a figure, light for the ground."""
+    """A motif in two shades of one hue: dark and saturated for a figure, light for the ground."""
     hue, low, high = rng.random(), *((0.25, 0.75) if figure else (0.55, 1.0))
     shades = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(
         (hue + rng.uniform(-0.06, 0.06)) % 1, rng.uniform(*saturation), value))
         for value, saturation in ((low, (0.75, 1) if figure else (0.3, 0.6)),
                                   (high, (0.75, 1) if figure else (0.1, 0.4)))]
-    return Material(pick(rng, PATTERNS), *(shades[::-1] if rng.random() < 0.5 else shades))
+    return Material(pick(rng, MOTIFS), *(shades[::-1] if rng.random() < 0.5 else shades))
 
 
 def sample_texture(rng):
@@ -1479,11 +1479,12 @@ def figure_mask(layout, size):
 
 def paint_material(material, size):
     """The material everywhere: float array (size, size, 3) in 0..255."""
-    across = ((np.arange(size) + 0.5) / size * TEXTURE_LATTICE) % 1 - 0.5  # 0: middle of a period
-    u, v = np.broadcast_arrays(across[None], across[:, None])
-    marks = {"bands": abs(v) < 0.25, "columns": abs(u) < 0.25, "slant": (u + v) % 1 < 0.5,
-             "dots": u * u + v * v < 0.3 ** 2, "checks": (abs(u) < 0.25) == (abs(v) < 0.25),
-             "grid": (abs(u) > 0.36) | (abs(v) > 0.36)}[material.pattern]
+    across = ((np.arange(size) + 0.5) / size * TILES) % 1 - 0.5  # 0: the middle of a tile
+    u, v = np.abs(np.broadcast_arrays(across[None], across[:, None]))
+    far = np.maximum(u, v)
+    marks = {"plain": far > 0.5, "dot": far < 0.25, "bar": v < 0.2, "post": u < 0.2}[
+        material.motif]
+    marks = marks | (far > 0.5 - 1 / 16)  # the joints
     return np.where(marks[..., None], material.mark, material.back).astype(np.float64)
 
 
@@ -1526,12 +1527,12 @@ def texture_scores(x, exemplar, y_hat, y):
 
     All are float arrays (N, 3, H, W) in [-1, 1]; scores are mean absolute differences in grey
     levels of 0..255, lower is better: "swap error" of the pictures, "palette error" of their means
-    over one period of the patterns, "pattern error" of what these means leave. The trivial answers
+    over one tile, "pattern error" of what these means leave. The trivial answers
     are x, the exemplar, and x with the mean and deviation of the exemplar's colour channels.
     Returns [{"name", "value", "better", "trivial"}].
     """
     x, exemplar, y_hat, y = (np.asarray(a, dtype=np.float64) for a in (x, exemplar, y_hat, y))
-    radius = max(1, round(x.shape[-1] / TEXTURE_LATTICE / 2))
+    radius = max(1, round(x.shape[-1] / TILES / 2))
 
     def statistics(a):
         return a.mean(axis=(2, 3), keepdims=True), a.std(axis=(2, 3), keepdims=True)
