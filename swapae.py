@@ -93,7 +93,8 @@ FOLLOW = {
 ABLATIONS = {"none": {}, "no-cooccurrence": {"lambda_cooccur": 0.0}}
 TOY = {"size": 64, "batch": 4, "steps": 2500, "lr": 4e-3, "downs": 2, "texture": 128,
        "width_E": 0.5, "width_G": 0.25, "width_D": 0.0625, "width_P": 0.25, "patch": 16,
-       "crops": 4, "noise": False, "lambda_rec": 4.0, "vgg": "random", "lpips": "vgg",
+       "crops": 4, "structure": 3, "code_norm": "rms", "noise": False, "lambda_rec": 6.0,
+       "lambda_patch_R1": 0.5, "vgg": "random", "lpips": "vgg",
        "workers": 0, "sample_every": 250}
 
 
@@ -121,7 +122,8 @@ def get_args(argv=None):
     for net, what in (("E", "from 32"), ("G", "from 512"), ("D", "up to 512"), ("P", "up to 384")):
         add(f"--width-{net}", type=float, default=1.0, help=f"factor on {net}'s widths, {what}")
     add("--demodulation", choices=["apart", "joint"], default="apart", help="see `StyledConv`")
-    add("--code-norm", choices=["unit", "none"], default="unit", help="length of the codes")
+    add("--code-norm", choices=["unit", "rms", "none"], default="unit",
+        help="codes get length 1, or mean square 1 (learns faster), or stay as they are")
     add("--skip-padding", choices=["zero", "reflect"], default="zero", help="of E's skips")
     add("--noise", action=switch, default=True, help="noise injection in G (Sec. 4.4.7)")
     add("--hybrids", choices=["all", "half"], default="all",
@@ -301,9 +303,12 @@ class FlatBlock(nn.Module):
         return self.skip(x, HALF).add_(self.conv2(self.conv1(x), HALF))
 
 
-def unit(code):
-    """Vectors along dimension 1 -> the same with length 1."""
-    return code * (code.square().sum(1, keepdim=True) + 1e-8).rsqrt()
+def normalised(code, how="unit"):
+    """Vectors along dimension 1 -> the same with length 1 (unit) or mean square 1 (rms)."""
+    if how == "none":
+        return code
+    size = code.square().sum(1, keepdim=True) / (1 if how == "unit" else code.shape[1])
+    return code * (size + 1e-8).rsqrt()
 
 
 class Encoder(nn.Module):
@@ -314,7 +319,7 @@ class Encoder(nn.Module):
     a cell of 16 pixels is left out at the right and at the bottom.
     """
 
-    def __init__(self, widths, downs=4, structure=8, texture=2048, norm=True, skip_reflect=False):
+    def __init__(self, widths, downs=4, structure=8, texture=2048, norm="unit", skip_reflect=False):
         super().__init__()
         self.norm, self.multiple, c = norm, 2 ** downs, widths[downs]
         pairs = list(zip(widths, widths[1:], strict=False))
@@ -332,7 +337,7 @@ class Encoder(nn.Module):
             x = block(x)                                                   # (B, 512, H/16, W/16)
         s = self.to_structure(x)                                           # (B, 8, H/16, W/16)
         t = self.to_texture(self.pool(x).mean((2, 3)))                     # (B, 2048)
-        return (unit(s), unit(t)) if self.norm else (s, t)                 # CHOICE (code)
+        return normalised(s, self.norm), normalised(t, self.norm)          # CHOICE (code): unit
 
 
 class StyledConv(nn.Module):
@@ -409,7 +414,7 @@ class Generator(nn.Module):
     parameters. The last layer is linear and unbounded.
     """
 
-    def __init__(self, head, up, structure=8, texture=2048, norm=True, demodulation="apart",
+    def __init__(self, head, up, structure=8, texture=2048, norm="unit", demodulation="apart",
                  noise=True):
         super().__init__()
         self.norm, widths = norm, [structure, *head, *up]
@@ -422,8 +427,8 @@ class Generator(nn.Module):
 
     def forward(self, s, t, rng=None):
         """rng: see `StyledConv`."""
-        if self.norm:  # again, because an edited code has another length
-            s, t = unit(s), unit(t)
+        # again, because an edited code has another length
+        s, t = normalised(s, self.norm), normalised(t, self.norm)
         x = s * self.scale(t)[:, :, None, None] + self.shift(t)[:, :, None, None]
         for block in self.blocks:
             x = block(x, t, rng)                                           # (B, 128, 16h, 16w)
@@ -485,7 +490,7 @@ class PatchDiscriminator(nn.Module):
 
 def encoder(args):
     widths = [min(args.texture, round(32 * 2 ** i * args.width_E)) for i in range(args.downs + 3)]
-    return Encoder(widths, args.downs, args.structure, args.texture, args.code_norm == "unit",
+    return Encoder(widths, args.downs, args.structure, args.texture, args.code_norm,
                    args.skip_padding == "reflect")
 
 
@@ -493,7 +498,7 @@ def generator(args):
     up = [int(min(512, 128 * 2 ** (args.downs - i)) * args.width_G) for i in range(args.downs + 1)]
     head = [max(args.structure, round((i + 1) / args.base_blocks * up[0]))
             for i in range(args.base_blocks)]
-    return Generator(head, up[1:], args.structure, args.texture, args.code_norm == "unit",
+    return Generator(head, up[1:], args.structure, args.texture, args.code_norm,
                      args.demodulation, args.noise)
 
 
@@ -846,7 +851,7 @@ def edit_region(s, direction, mask):
 
 def similarity_mask(s, row, column, least=0.5):
     """Cells whose structure resembles that of cell (row, column): (B, 1, h, w) of 0 and 1."""
-    s = unit(s)
+    s = normalised(s)
     return ((s * s[:, :, row:row + 1, column:column + 1]).sum(1, keepdim=True) >= least).to(s)
 
 
