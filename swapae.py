@@ -91,11 +91,10 @@ FOLLOW = {
                "lazy_adam": False},
 }
 ABLATIONS = {"none": {}, "no-cooccurrence": {"lambda_cooccur": 0.0}}
-TOY = {"size": 64, "batch": 4, "steps": 2500, "lr": 4e-3, "downs": 2, "texture": 128,
-       "width_E": 0.5, "width_G": 0.25, "width_D": 0.0625, "width_P": 0.25, "patch": 16,
-       "crops": 4, "structure": 3, "code_norm": "rms", "noise": False, "lambda_rec": 6.0,
-       "lambda_patch_R1": 0.5, "vgg": "random", "lpips": "vgg",
-       "workers": 0, "sample_every": 250}
+TOY = {"size": 64, "batch": 4, "steps": 2200, "lr": 4e-3, "downs": 2, "texture": 128,
+       "noise": False, "width_E": 0.5, "width_G": 0.25, "width_D": 0.0625, "width_P": 0.25,
+       "patch": 16, "crops": 4, "lambda_rec": 10.0, "lambda_patch_R1": 0.05, "vgg": "random",
+       "lpips": "vgg", "workers": 0, "sample_every": 200}
 
 
 def get_args(argv=None):
