@@ -30,8 +30,8 @@ DATA SETS (in the layout of the real one of the same name)
     sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
                         background. Each part has its own colour. test_truth: the test sketch in
                         the colours of the next test picture, part by part; test_part: the parts.
-    textures            train test: shapes on a ground, both tiled (a motif, two colours each).
-                        test_truth: the shapes of a test picture in the tiles of the next one.
+    textures            train test: shapes on a ground, each in two shades (plain, a rim, rings).
+                        test_truth: the shapes of a test picture, painted like the next one.
 
 USAGE
     python toy.py horse2zebra --out DIR --n 400 --size 64 --seed 0    # then see DIR/contact.png
@@ -1407,20 +1407,20 @@ def night_scores(x, reference, y_hat, y, boxes):
 
 
 # Data set textures: layout and material, drawn independently --------------------------------------
-# A picture is a layout (which places are figure, which are ground) filled with two kinds of tiles
-# (a motif in two colours each). All tiles lie on one lattice with visible joints, so that every
-# picture tells where its tiles are, whatever their motif: a layout in other materials is one
-# definite picture, the true answer to "the structure of this one, the texture of that one".
+# A picture is a layout (which places are figure, which are ground) painted in two materials (a motif
+# in two shades of one hue each). Motifs run along the outline, so that every picture tells where
+# they belong, whatever its own: a layout in other materials is one definite picture, the true answer
+# to "the structure of this one, the texture of that one".
 
-TILES = 8  # per picture side: one is 8 pixels of 64
-MOTIFS = ("plain", "dot", "bar", "post")
+MOTIFS = ("plain", "rim", "rings")
+RIM = 0.07  # width of a rim or ring, as a share of the picture's side: 4.5 pixels of 64
 
 
 @dataclass(frozen=True)
 class Material:
     motif: str  # one of MOTIFS
-    back: tuple  # RGB of the tile
-    mark: tuple  # RGB of its motif and of the joints
+    back: tuple  # RGB of the material
+    mark: tuple  # RGB of its motif
 
 
 @dataclass(frozen=True)
@@ -1458,42 +1458,37 @@ def sample_layout(rng):
     return figures
 
 
-def figure_mask(layout, size):
-    """Where the figures are: bool array (size, size)."""
+def elevation(layout, size):
+    """How far inside a figure (above 0) or outside all (below), in sides: (size, size)."""
     across = (np.arange(size) + 0.5) / size
-    mask = np.zeros((size, size), dtype=bool)
+    heights = []
     for kind, x, y, radius, turn in layout:
         u, v = across[None] - x, across[:, None] - y
         u, v = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
         if kind == "disc":
-            mask |= u * u + v * v < radius * radius
+            heights.append(radius - np.hypot(u, v))
         elif kind == "square":
-            mask |= np.maximum(abs(u), abs(v)) < 0.8 * radius
+            heights.append(0.8 * radius - np.maximum(abs(u), abs(v)))
         elif kind == "bar":
-            mask |= (abs(u) < 1.4 * radius) & (abs(v) < 0.5 * radius)
-        else:  # three half-planes
-            mask |= np.max([u * math.cos(a) + v * math.sin(a)
-                            for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)], axis=0) < 0.6 * radius
-    return mask
+            heights.append(np.minimum(1.4 * radius - abs(u), 0.5 * radius - abs(v)))
+        else:  # triangle: three half-planes
+            heights.append(0.6 * radius - np.max([u * math.cos(a) + v * math.sin(a) for a in (
+                0, 2 * math.pi / 3, 4 * math.pi / 3)], axis=0))
+    return np.max(heights, axis=0)
 
 
-def paint_material(material, size):
-    """The material everywhere: float array (size, size, 3) in 0..255."""
-    across = ((np.arange(size) + 0.5) / size * TILES) % 1 - 0.5  # 0: the middle of a tile
-    u, v = np.abs(np.broadcast_arrays(across[None], across[:, None]))
-    far = np.maximum(u, v)
-    marks = {"plain": far > 0.5, "dot": far < 0.25, "bar": v < 0.2, "post": u < 0.2}[
+def paint_material(material, depth):
+    """The material at a distance `depth` (H, W) from the outline: floats (H, W, 3) in 0..255."""
+    marks = {"plain": depth < 0, "rim": depth < RIM, "rings": depth % (2 * RIM) < RIM}[
         material.motif]
-    marks = marks | (far > 0.5 - 1 / 16)  # the joints
     return np.where(marks[..., None], material.mark, material.back).astype(np.float64)
 
 
 def render_texture(layout, texture, size):
     """The layout in the texture's two materials, an RGB Pillow picture of size x size pixels."""
-    fine = size * supersample(size)
-    inside = figure_mask(layout, fine)[..., None]
-    picture = np.where(inside, paint_material(texture.figure, fine),
-                       paint_material(texture.ground, fine))
+    height = elevation(layout, size * supersample(size))
+    picture = np.where(height[..., None] > 0, paint_material(texture.figure, abs(height)),
+                       paint_material(texture.ground, abs(height)))
     return Image.fromarray(picture.round().astype(np.uint8)).reduce(supersample(size))
 
 
@@ -1527,12 +1522,11 @@ def texture_scores(x, exemplar, y_hat, y):
 
     All are float arrays (N, 3, H, W) in [-1, 1]; scores are mean absolute differences in grey
     levels of 0..255, lower is better: "swap error" of the pictures, "palette error" of their means
-    over one tile, "pattern error" of what these means leave. The trivial answers
-    are x, the exemplar, and x with the mean and deviation of the exemplar's colour channels.
+    over a rim's width, "pattern error" of what these means leave. The trivial answers are x, the exemplar, and x with the mean and deviation of the exemplar's colour channels.
     Returns [{"name", "value", "better", "trivial"}].
     """
     x, exemplar, y_hat, y = (np.asarray(a, dtype=np.float64) for a in (x, exemplar, y_hat, y))
-    radius = max(1, round(x.shape[-1] / TILES / 2))
+    radius = max(1, round(x.shape[-1] * RIM / 2))
 
     def statistics(a):
         return a.mean(axis=(2, 3), keepdims=True), a.std(axis=(2, 3), keepdims=True)
