@@ -1413,7 +1413,8 @@ def night_scores(x, reference, y_hat, y, boxes):
 # to "the structure of this one, the texture of that one".
 
 MOTIFS = ("plain", "rim", "rings")
-RIM = 0.07  # width of a rim or ring, as a share of the picture's side: 4.5 pixels of 64
+RIM = 0.09  # width of a rim or ring, as a share of the picture's side: 5.8 pixels of 64
+SOFT = 0.06  # over which an outline fades
 
 
 @dataclass(frozen=True)
@@ -1431,12 +1432,10 @@ class Texture:
 
 def sample_material(rng, figure):
     """A motif in two shades of one hue: dark and saturated for a figure, light for the ground."""
-    hue, low, high = rng.random(), *((0.25, 0.75) if figure else (0.55, 1.0))
-    shades = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(
-        (hue + rng.uniform(-0.06, 0.06)) % 1, rng.uniform(*saturation), value))
-        for value, saturation in ((low, (0.75, 1) if figure else (0.3, 0.6)),
-                                  (high, (0.75, 1) if figure else (0.1, 0.4)))]
-    return Material(pick(rng, MOTIFS), *(shades[::-1] if rng.random() < 0.5 else shades))
+    hue, shades = rng.random(), ((0.9, 0.35), (0.9, 0.8)) if figure else ((0.2, 1.0), (0.5, 0.65))
+    back, mark = (tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, *shade))
+                  for shade in shades)
+    return Material(pick(rng, MOTIFS), back, mark)
 
 
 def sample_texture(rng):
@@ -1479,16 +1478,17 @@ def elevation(layout, size):
 
 def paint_material(material, depth):
     """The material at a distance `depth` (H, W) from the outline: floats (H, W, 3) in 0..255."""
-    marks = {"plain": depth < 0, "rim": depth < RIM, "rings": depth % (2 * RIM) < RIM}[
-        material.motif]
-    return np.where(marks[..., None], material.mark, material.back).astype(np.float64)
+    mark = {"plain": np.zeros_like(depth), "rim": ((RIM - depth) / SOFT + 0.5).clip(0, 1),
+            "rings": 0.5 + 0.5 * np.cos(depth / RIM * math.pi)}[material.motif][..., None]
+    return mark * np.array(material.mark) + (1 - mark) * np.array(material.back)
 
 
 def render_texture(layout, texture, size):
     """The layout in the texture's two materials, an RGB Pillow picture of size x size pixels."""
     height = elevation(layout, size * supersample(size))
-    picture = np.where(height[..., None] > 0, paint_material(texture.figure, abs(height)),
-                       paint_material(texture.ground, abs(height)))
+    inside = (height / SOFT + 0.5).clip(0, 1)[..., None]
+    picture = (inside * paint_material(texture.figure, height.clip(0))
+               + (1 - inside) * paint_material(texture.ground, (-height).clip(0)))
     return Image.fromarray(picture.round().astype(np.uint8)).reduce(supersample(size))
 
 

@@ -1153,26 +1153,31 @@ def test_elevation_is_positive_inside_and_falls_by_one_per_side():
 
 def test_the_truth_has_ones_layout_and_the_others_materials():
     layout = toy.sample_layout(np.random.default_rng(1))
-    height = toy.elevation(layout, 256).reshape(128, 2, 128, 2)
+    height = toy.elevation(layout, 256).reshape(128, 2, 128, 2).mean((1, 3))
     assert 0.05 < (height > 0).mean() < 0.6
-    for seed in (2, 3):
+    motifs = set()
+    for seed in range(4):
         texture = toy.sample_texture(np.random.default_rng(seed))
-        picture = np.asarray(toy.render_texture(layout, texture, 128))
-        for where, material in (((height > 0).all((1, 3)), texture.figure),
-                                ((height <= 0).all((1, 3)), texture.ground)):
-            pure = (picture[where][:, None] == [material.back, material.mark]).all(2)
-            assert pure.any(1).mean() > 0.7                  # the rest are edges of marks
-            assert pure[:, 0].any() and pure[:, 1].any() == (material.motif != "plain")
+        picture = np.asarray(toy.render_texture(layout, texture, 128)).astype(float)
+        for where, material in ((height > toy.SOFT, texture.figure),
+                                (height < -toy.SOFT, texture.ground)):
+            back, mark = np.array(material.back), np.array(material.mark)
+            share = ((picture[where] - back) @ (mark - back)) / np.square(mark - back).sum()
+            assert np.abs(back + share[:, None] * (mark - back) - picture[where]).max() < 1.5
+            assert share.min() > -0.1 and share.max() < 1.1  # between its two colours
+            assert (share.max() < 0.1) == (material.motif == "plain")
+            motifs.add(material.motif)
+    assert motifs == set(toy.MOTIFS)
 
 
 def test_motifs_run_along_the_outline():
-    depth = np.linspace(0, 6 * toy.RIM, 601)[None, :-1]      # 100 samples per rim width
-    white = {m: toy.paint_material(toy.Material(m, (0, 0, 0), (255, 255, 255)), depth)[0, :, 0] > 0
-             for m in toy.MOTIFS}
-    assert not white["plain"].any()
-    assert np.flatnonzero(white["rim"]).tolist() == list(range(100))
-    rings = white["rings"].reshape(6, 100)[:, 1:-1]          # but for rounding at the borders
-    assert rings[::2].all() and not rings[1::2].any()
+    depth = np.linspace(0, 6 * toy.RIM, 601)[None]           # 100 samples per rim width
+    mark = {m: toy.paint_material(toy.Material(m, (0, 0, 0), (1, 1, 1)), depth)[0, :, 0]
+            for m in toy.MOTIFS}
+    assert (mark["plain"] == 0).all()
+    assert mark["rim"][0] == 1 and mark["rim"][100] == pytest.approx(0.5)
+    assert (mark["rim"][100 + round(50 * toy.SOFT / toy.RIM) + 1:] == 0).all()
+    assert mark["rings"][::100] == pytest.approx([1, 0] * 3 + [1])
 
 
 def test_texture_scores_of_known_answers(drawn):
