@@ -87,17 +87,18 @@ SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4
 FOLLOW = {
     "code": {},
     "thesis": {"hybrids": "half", "lambda_gan_swap": 0.5, "base_blocks": 4, "code_norm": "none",
-               "demodulation": "joint", "skip_padding": "reflect", "lambda_patch_R1": 2.0,
-               "lazy_adam": False},
+               "demodulation": "joint", "skip_padding": "reflect", "lazy_adam": False,
+               "lambda_patch_R1": 2.0},  # which is the text's 1: `train_step` halves it
 }
 ABLATIONS = {"none": {}, "no-cooccurrence": {"lambda_cooccur": 0.0}}
 # WHY: 64 pixels in 2,000 steps need other proportions than 256 in 1.6 million. A structure code of
 # two channels cannot keep the colours, codes of mean square 1 modulate G strongly from the start
-# (so the texture code is used at once), and D_patch must learn in this time, too.
+# (so the texture code is used at once), and D_patch must learn in this time, too. Averaged weights
+# are steadier where the rate never falls.
 TOY = {"size": 64, "batch": 4, "steps": 2200, "downs": 2, "structure": 2, "texture": 128,
        "code_norm": "rms", "noise": False, "width_E": 0.5, "width_G": 0.25, "width_D": 0.0625,
        "width_P": 0.25, "patch": 16, "crops": 4, "lambda_rec": 5.0, "lambda_patch_R1": 0.05,
-       "vgg": "random", "lpips": "vgg", "workers": 0, "sample_every": 200}
+       "ema": 0.99, "vgg": "random", "lpips": "vgg", "workers": 0, "sample_every": 200}
 
 
 def get_args(argv=None):
@@ -110,8 +111,8 @@ def get_args(argv=None):
         help="train without D_patch; all: with and without, with a table and a strip")
     add("--size", type=int, default=256, help="training crop, sides in pixels (Sec. 4.4.8)")
     add("--load", type=int, default=None, help="the short side is resized to this (--size)")
-    add("--batch", type=int, default=16, help="pictures per update and process, even (Sec. 4.4.8)")
-    add("--images", type=int, default=25_000_000, help="pictures shown to D and to G (code)")
+    add("--batch", type=int, default=16, help="pictures per update and process, even (4.4.8: 64)")
+    add("--images", type=int, default=25_000_000, help="pictures shown to D and G together (code)")
     add("--steps", type=int, default=None, help="pairs of updates, D then G; overrides --images")
     add("--lr", type=float, default=2e-3, help="Adam's rate (Sec. 4.4.8)")
     add("--beta1", type=float, default=0.0, help="Adam's first decay (Sec. 4.4.8)")
@@ -129,7 +130,7 @@ def get_args(argv=None):
     add("--skip-padding", choices=["zero", "reflect"], default="zero", help="of E's skips")
     add("--noise", action=switch, default=True, help="noise injection in G (Sec. 4.4.7)")
     add("--hybrids", choices=["all", "half"], default="all",
-        help="one for every picture of a batch, or for the second half (Sec. 4.4.8)")
+        help="of every picture, or the second half (4.4.8), with --lambda-gan-swap 0.5")
     add("--lambda-rec", type=float, default=1.0, help="weight of Eq. (4.1) (Sec. 4.3.4)")
     add("--lambda-gan-rec", type=float, default=0.5, help="weight of Eq. (4.2) (Sec. 4.3.4)")
     add("--lambda-gan-swap", type=float, default=1.0, help="weight of Eq. (4.3) (4.3.4: 0.5)")
@@ -169,14 +170,13 @@ def get_args(argv=None):
                 | ABLATIONS.get(args.ablation, {}))
 
     args = common.parse_flags(p, argv, "swapae", presets, run_name)
-    args.load = args.load or args.size
     least, cells = 7 * 2 ** args.downs, 4 * args.size / 2 ** round(math.log2(max(args.size, 1)))
     if args.size < least or args.size % 2 ** args.downs or cells % 1:
         raise UserError(f"--size {args.size}: must be at least {least}, a multiple of "
-                        f"{2 ** args.downs}, and shrink to whole places in D (like 64, 96, 128)")
+                        f"{2 ** args.downs}, and shrink to whole places in D (like 128, 192, 256)")
     if args.batch % 2:
         raise UserError(f"--batch {args.batch}: must be even, because neighbours are swapped")
-    if args.load < args.size:
+    if args.load and args.load < args.size:
         raise UserError(f"--load {args.load}: must be at least --size {args.size}")
     if args.patch < 8 or args.patch & (args.patch - 1):
         raise UserError(f"--patch {args.patch}: must be a power of two, 8 at least")
@@ -187,6 +187,12 @@ def get_args(argv=None):
         raise UserError("--crops, --downs, --base-blocks: must be at least 1; --R1-every: 0")
     if not 0 <= args.ema < 1:
         raise UserError(f"--ema {args.ema}: must lie between 0 and 1")
+    if args.clone and (min(args.clone) < 0 or 0 in args.clone[2:4]):
+        raise UserError("--clone X Y W H TO_X TO_Y: pixels from 0 on, W and H at least 1")
+    if not args.translate:
+        for name in ("exemplar", "vector", "pca", "clone", "mask"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name}: needs --translate PATH")
     return args
 
 
@@ -201,8 +207,8 @@ def run_name(args):
 # StyleGAN2's parts, in plain PyTorch. Two habits keep them fast without changing a number. Filters
 # are depthwise convolutions, and at stride 2 where only every second place is read. Constant gains
 # (sqrt 2 after leaky ReLU, 1/sqrt 2 of a residual sum) multiply the small weights, not the large
-# maps, which leaky ReLU allows because it commutes with positive factors. All of it is linear but
-# leaky ReLU, so R1 can differentiate twice.
+# maps, which leaky ReLU allows because it commutes with positive factors. D and P are linear but
+# for leaky ReLU, so R1 can differentiate twice.
 
 
 class EqualConv(nn.Module):
@@ -590,7 +596,7 @@ def resized(file, args, rng=None):
     -> (3, size, size) in [-1, 1]. With rng, half of them are mirrored (CHOICE: code).
     """
     im, size = common.open_rgb(file), args.size
-    zoom = args.load / min(im.size)
+    zoom = (args.load or size) / min(im.size)
     w, h = (max(size, round(side * zoom)) for side in im.size)
     place = rng.random() if rng else 0.5, rng.random() if rng else 0.5
     left, top = round((w - size) * place[0]), round((h - size) * place[1])
@@ -603,7 +609,8 @@ def resized(file, args, rng=None):
 class Pictures(torch.utils.data.Dataset):
     """`self[n]`: the n-th sample of the run, one picture for D's update and one for G's.
 
-    Walks through a new shuffle of the files every epoch; depends on (seed, n) alone.
+    Walks through a new shuffle of the files every epoch; depends on (seed, n) alone. Where an
+    epoch ends inside a batch, a picture can meet itself, which is common only in tiny folders.
     """
 
     def __init__(self, root, args):
@@ -641,7 +648,7 @@ def random_batch(args, device):
 
 
 def rebuild_and_swap(m, x, args):
-    """x (B, 3, H, W) -> rec (B/2), mix (B, or B/2 with --hybrids half), and mix's textures in x.
+    """x (B, 3, H, W) -> rec (B/2), mix (B, or B/2 with --hybrids half), owners of mix's textures.
 
     rec[i] = G(s_i, t_i) for the first half; mix[i] = G(s_(i xor 1), t_i): neighbours exchange
     structure, so mix[i] must carry the texture of x[i]. One pass of E serves both, one of G too.
@@ -657,8 +664,8 @@ def rebuild_and_swap(m, x, args):
 def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
     """One update of D and P on x_D, one of E and G on x_G, both (B, 3, H, W); losses by name.
 
-    rng: CPU generator of the crops. average: gradients over processes. step: counts from 0; every
-    --R1-every-th step has an R1 update of D and P between the two.
+    rng: CPU generator of the crops, the same in all processes. average: gradients over processes.
+    step: counts from 0; every --R1-every-th step has an R1 update of D and P between the two.
     """
     losses, gan = {}, common.non_saturating
     autocast = functools.partial(torch.autocast, x_D.device.type, torch.bfloat16, enabled=args.amp)
@@ -666,17 +673,18 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
 
     # ---- D and P: E and G are used as they are, without a graph --------------------------------
     with autocast(), torch.no_grad():
-        rec, mix, x_t = rebuild_and_swap(m, x_D, args)
+        rec, mix, owners = rebuild_and_swap(m, x_D, args)
     m.opt_D.zero_grad(set_to_none=True)
     with autocast():  # no layer of D mixes pictures, so all can share one pass
         real, fake_rec, fake_mix = m.D(torch.cat([x_D, rec, mix])).split(
             [len(x_D), len(rec), len(mix)])
     losses |= {"D_real": gan(real, True), "D_rec": gan(fake_rec, False),
                "D_mix": gan(fake_mix, False)}
+    # CHOICE (code): both kinds of fakes weigh the same, though there are twice as many hybrids.
     (losses["D_real"] + 0.5 * losses["D_rec"] + 0.5 * losses["D_mix"]).backward()
     if cooccur:  # the same references serve the real pair and the fake one
         with autocast():
-            patches = torch.cat([random_crops(p, args, rng) for p in (x_t, x_t, mix)])
+            patches = torch.cat([random_crops(p, args, rng) for p in (owners, owners, mix)])
             references, real, fake = m.P.features(patches).chunk(3)
             losses["P_real"] = gan(m.P.compare(references, real), True)
             losses["P_mix"] = gan(m.P.compare(references, fake), False)
@@ -691,16 +699,16 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
         losses["R1"] = r1_penalty(m.D(x), x)
         (args.R1_every * args.lambda_R1 * losses["R1"]).backward()
         if cooccur:
-            references, queries = (random_crops(x_t, args, rng).requires_grad_() for _ in "rq")
+            references, queries = (random_crops(owners, args, rng).requires_grad_() for _ in "rq")
             logits = m.P.compare(m.P.features(references), m.P.features(queries))
-            losses["R1_P"] = 0.5 * r1_penalty(logits, references, queries)
+            losses["R1_P"] = 0.5 * r1_penalty(logits, references, queries)  # CHOICE (code): 0.5
             (args.R1_every * args.lambda_patch_R1 * losses["R1_P"]).backward()
         average(m.D, m.P)
         m.opt_D.step()
 
     # ---- E and G --------------------------------------------------------------------------------
     with autocast():
-        rec, mix, x_t = rebuild_and_swap(m, x_G, args)
+        rec, mix, owners = rebuild_and_swap(m, x_G, args)
     losses["rec"] = (rec - x_G[:len(rec)]).abs().mean()                       # Eq. (4.1)
     with autocast():
         fooled_rec, fooled_mix = m.D(torch.cat([rec, mix])).split([len(rec), len(mix)])
@@ -714,7 +722,7 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
     if cooccur:
         with autocast():
             with torch.no_grad():
-                references = m.P.features(random_crops(x_t, args, rng))
+                references = m.P.features(random_crops(owners, args, rng))
             queries = m.P.features(random_crops(mix, args, rng))
             losses["cooccur"] = gan(m.P.compare(references, queries), True)   # Eq. (4.4)
         grad_mix = grad_mix + torch.autograd.grad(args.lambda_cooccur * losses["cooccur"], mix)[0]
@@ -752,10 +760,15 @@ def train(args):
     if args.data == "toy":
         preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
         print(f"toy preset instead of the paper's settings: {preset}")
+    r1 = {}  # of the latest R1 update, so that every row of the log has these columns
+    if args.R1_every:
+        r1 = dict.fromkeys(["R1", "R1_P"][:2 if args.lambda_cooccur else 1], torch.zeros(()))
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(swap_grid(in_use(m), show, show[:5], args))
-        run.log(train_step(m, x_D, x_G, args, run.rng(), run.average_gradients, step))
+        losses = train_step(m, x_D, x_G, args, run.rng(), run.average_gradients, step)
+        r1 |= {name: losses.pop(name) for name in r1 if name in losses}
+        run.log(losses | r1)
     columns = swap_grid(in_use(m), show, show[:5], args)
     run.save_samples(columns)
     scores = truth_scores(in_use(m), root, args, run.device) if args.data == "toy" else []
@@ -773,7 +786,7 @@ def train_ablations(args):
             "ablation": name, "run_folder": str(folder / name)})
         rows[label], columns = train(variant)
         strip = strip or {"structure": columns["structure"]}
-        strip |= {f"{k}, {label}": columns[k] for k in ("texture 1", "texture 2")}
+        strip |= {f"{k}, {label}": columns[k] for k in list(columns)[2:4]}  # two textures
     common.save_grid(folder / "ablation.png", strip)
     print(f"\nwrote {folder}/ablation.png")
     common.save_ablation(folder, rows)
@@ -839,7 +852,7 @@ def principal_directions(codes, count):
 
     Their largest component is positive, so that a direction has one sign only.
     """
-    centred = codes.double() - codes.double().mean(0)
+    centred = codes.cpu().double() - codes.cpu().double().mean(0)
     values, vectors = torch.linalg.eigh(centred.t() @ centred / len(codes))
     vectors = vectors.flip(1)[:, :count].t()
     sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
@@ -954,7 +967,8 @@ def released(state, path):
 
 def opened(files, args, device, limit=1000):
     """Files, at most `limit`, evenly spaced -> (N, 3, size, size), cut from the middle."""
-    files = files[::max(1, len(files) // limit) if limit else 1][:limit]
+    n = min(limit, len(files))
+    files = [files[i * len(files) // n] for i in range(n)]
     return torch.stack([resized(f, args) for f in files]).to(device)
 
 
@@ -976,8 +990,9 @@ def direction_of(m, args, device):
                                          args) for folder in args.vector))
     pictures = opened(training_files(data_folder(args)), args, device)
     codes = (structure_codes if args.mask else texture_codes)(m, pictures, args)
-    if not 1 <= args.pca <= codes.shape[1]:
-        raise UserError(f"--pca {args.pca}: the code has directions 1 to {codes.shape[1]}")
+    most = min(codes.shape[1], len(codes) - 1)
+    if not 1 <= args.pca <= most:
+        raise UserError(f"--pca {args.pca}: {len(codes)} codes have directions 1 to {most}")
     directions, deviations = principal_directions(codes, args.pca)
     return directions[-1:] * deviations[-1]
 
@@ -985,18 +1000,30 @@ def direction_of(m, args, device):
 def mask_of(s, x, args, multiple):
     """--mask -> (1, 1, h, w) over the cells of s, for the picture x (1, 3, H, W)."""
     if re.fullmatch(r"\d+,\d+", args.mask):
-        column, row = (int(n) // multiple for n in args.mask.split(","))
-        if row >= s.shape[2] or column >= s.shape[3]:
+        column, row = map(int, args.mask.split(","))
+        if row >= x.shape[2] or column >= x.shape[3]:
             raise UserError(f"--mask {args.mask}: outside of a picture of "
                             f"{x.shape[3]}x{x.shape[2]}")
-        return similarity_mask(s, row, column, args.similar)
+        return similarity_mask(s, row // multiple, column // multiple, args.similar)
     white = common.to_tensor(common.open_rgb(args.mask)).mean(0)[None, None] / 2 + 0.5
     if white.shape[2:] != x.shape[2:]:
         raise UserError(f"--mask {args.mask}: {white.shape[3]}x{white.shape[2]} pixels, but the "
                         f"picture has {x.shape[3]}x{x.shape[2]}")
     h, w = (n * multiple for n in s.shape[2:])
-    white = F.pad(white, (0, w - white.shape[3], 0, h - white.shape[2]))
+    white = F.pad(white, (0, w - white.shape[3], 0, h - white.shape[2]), mode="replicate")
     return F.avg_pool2d(white, multiple).to(s)
+
+
+def boxes_of(pixels, source, s, multiple):
+    """--clone's X Y W H TO_X TO_Y -> ((left, top, width, height), (x, y)): all cells touched."""
+    left, top, x, y = (pixels[i] // multiple for i in (0, 1, 4, 5))
+    width, height = (-(-(pixels[i] + pixels[i + 2]) // multiple) - first
+                     for i, first in ((0, left), (1, top)))
+    for place, here in (((left, top), source), ((x, y), s)):
+        if place[0] >= here.shape[3] or place[1] >= here.shape[2]:
+            raise UserError(f"--clone {' '.join(map(str, pixels))}: starts outside of a picture of "
+                            f"{here.shape[3]}x{here.shape[2]} cells of {multiple} pixels")
+    return (left, top, width, height), (x, y)
 
 
 def translate_files(args):
@@ -1004,9 +1031,10 @@ def translate_files(args):
 
     --exemplar: the texture of another picture (a folder: each in turn, a folder of outputs each).
     """
-    if sum(map(bool, (args.exemplar and not args.clone, args.vector, args.pca, args.clone))) != 1:
+    if sum(map(bool, (args.exemplar and not args.clone, args.vector, args.pca is not None,
+                       args.clone))) != 1:
         raise UserError("--translate needs one of --exemplar, --vector, --pca, --clone")
-    if args.mask and not args.pca:
+    if args.mask and args.pca is None:
         raise UserError("--mask: chooses where --pca moves the structure code")
     device = common.pick_device(args.device)
     m, out = load_networks(args, device), Path(args.out or "translated")
@@ -1014,7 +1042,7 @@ def translate_files(args):
     exemplars = [None]
     if args.exemplar:
         exemplars = common.list_pictures(args.exemplar)
-    direction = direction_of(m, args, device) if args.vector or args.pca else None
+    direction = direction_of(m, args, device) if args.vector or args.pca is not None else None
     for file in exemplars:
         other = file and embed(m, common.to_tensor(common.open_rgb(file))[None].to(device), args)
 
@@ -1022,8 +1050,8 @@ def translate_files(args):
             x = x.to(device)
             s, t = embed(m, x, args)
             if args.clone:
-                box = [n // cell for n in args.clone]
-                edits = [(clone(s, other[0] if other else s, box[:4], box[4:]), t)]
+                source = other[0] if other else s
+                edits = [(clone(s, source, *boxes_of(args.clone, source, s, cell)), t)]
             elif args.mask:
                 mask = mask_of(s, x, args, cell)
                 edits = [(edit_region(s, gain * direction, mask), t) for gain in args.gain]
@@ -1033,13 +1061,13 @@ def translate_files(args):
                 edits = [(s, t.lerp(other[1], alpha)) for alpha in args.alpha]
             return torch.cat([paint(m, *codes, args, x.shape[2:]) for codes in edits], dim=3)
 
-        common.translate_files(args.translate, out / file.stem if len(exemplars) > 1 else out, edit)
+        common.translate_files(args.translate, out / file.name if len(exemplars) > 1 else out, edit)
 
 
 # ---- Pictures of many swaps ----------------------------------------------------------------------
 
 
-def test_pictures(root, args, device, limit=None):
+def test_pictures(root, args, device, limit=1000):
     """(N, 3, size, size) of the test split (else of the training pictures), evenly spaced."""
     return opened(test_files(root), args, device, limit)
 
@@ -1125,7 +1153,8 @@ def metric_networks(args, device):
                 cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
                 raise UserError(f"--vgg imagenet: cannot download {source.url} ({error}); put "
                                 f"that file at {cache}, or use --vgg random") from None
-            net.load_state_dict({k: state[prefix + k] for k in net.state_dict()})
+            net.load_state_dict({k: state[prefix + k] for k in net.state_dict()
+                                 if prefix + k in state})  # old files lack BatchNorm's counters
         net.to(device).eval().requires_grad_(False)
     return nets
 
@@ -1139,8 +1168,8 @@ def sifid(networks, a, b):
     """
     total = 0.0
     for pair in zip(a, b, strict=True):
-        f, g = (networks.inception(x[None])[0].flatten(1).double() for x in pair)  # (192, places)
-        C_a, C_b = torch.cov(f), torch.cov(g)
+        f, g = (networks.inception(x[None])[0].flatten(1).cpu().double() for x in pair)
+        C_a, C_b = torch.cov(f), torch.cov(g)                              # f: (192, places)
         values, vectors = torch.linalg.eigh(C_a)
         root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
         mixed = torch.linalg.eigvalsh(root @ C_b @ root).clamp(min=0).sqrt().sum()
@@ -1166,7 +1195,7 @@ def self_similarity(networks, a, b, side=32):
         for i, layer in enumerate(networks.vgg[:taps[-1] + 1]):
             x = layer(x)
             if i in taps:
-                maps.append(x.clone())                                     # ReLU is in place
+                maps.append(x)
         f = torch.cat([F.interpolate(f, size, mode="bilinear") for f in maps], dim=1)
         f = F.normalize(f.flatten(2), dim=1)                               # (1, C, places)
         D = 1 - f.transpose(1, 2) @ f
@@ -1249,6 +1278,7 @@ def evaluate(args):
         t[0, 0].item()                                                     # waits for a GPU
         seconds["embedding"].append(time.perf_counter() - start)
         again.append(paint(m, s, t, args))
+        again[-1][0, 0, 0, 0].item()
         start = time.perf_counter()
         mix.append(swap(m, p, q, args))
         mix[-1][0, 0, 0, 0].item()
@@ -1261,7 +1291,8 @@ def evaluate(args):
         {"name": f"reconstruction {name} ({n} pictures)", "better": "lower",
          "value": statistics.mean(distance(r, p) for p, _, r in pairs),
          "trivial": {"another picture": statistics.mean(distance(q, p) for p, q, _ in pairs)}},
-        {"name": "reconstruction L1", "better": "lower", "value": float((again - x).abs().mean()),
+        {"name": "reconstruction L1, of [-1, 1]", "better": "lower",
+         "value": float((again - x).abs().mean()),
          "trivial": {"another picture": float((other - x).abs().mean())}},
         {"name": f"SIFID of swaps to the texture ({kind})", "better": "lower",
          "value": sifid(networks, mix, other),

@@ -1407,10 +1407,10 @@ def night_scores(x, reference, y_hat, y, boxes):
 
 
 # Data set textures: layout and material, drawn independently --------------------------------------
-# A picture is a layout (which places are figure, which are ground) painted in two materials (a motif
-# in two shades of one hue each). Motifs run along the outline, so that every picture tells where
-# they belong, whatever its own: a layout in other materials is one definite picture, the true answer
-# to "the structure of this one, the texture of that one".
+# A picture is a layout (which places are figure, which are ground) painted in two materials (each a
+# motif in two shades of a hue). They run along the outline, so that every picture tells where they
+# belong, whatever its own: a layout in other materials is one definite picture, the true answer to
+# "the structure of this one, the texture of that one".
 
 MOTIFS = ("plain", "rim", "rings")
 RIM = 0.09  # width of a rim or ring, as a share of the picture's side: 5.8 pixels of 64
@@ -1522,7 +1522,8 @@ def texture_scores(x, exemplar, y_hat, y):
 
     All are float arrays (N, 3, H, W) in [-1, 1]; scores are mean absolute differences in grey
     levels of 0..255, lower is better: "swap error" of the pictures, "palette error" of their means
-    over a rim's width, "pattern error" of what these means leave. The trivial answers are x, the exemplar, and x with the mean and deviation of the exemplar's colour channels.
+    over a rim's width, "pattern error" of what these means leave. The trivial answers are x, the
+    exemplar, and x with the mean and deviation of the exemplar's colour channels.
     Returns [{"name", "value", "better", "trivial"}].
     """
     x, exemplar, y_hat, y = (np.asarray(a, dtype=np.float64) for a in (x, exemplar, y_hat, y))
