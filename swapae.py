@@ -1061,7 +1061,9 @@ def translate_files(args):
                 edits = [(s, t.lerp(other[1], alpha)) for alpha in args.alpha]
             return torch.cat([paint(m, *codes, args, x.shape[2:]) for codes in edits], dim=3)
 
-        common.translate_files(args.translate, out / file.name if len(exemplars) > 1 else out, edit)
+        alone = [f.stem for f in exemplars if f].count(file and file.stem) < 2
+        name = "" if len(exemplars) == 1 else file.stem if alone else file.name.replace(".", "-")
+        common.translate_files(args.translate, out / name, edit)
 
 
 # ---- Pictures of many swaps ----------------------------------------------------------------------

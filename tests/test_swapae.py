@@ -85,7 +85,7 @@ def model(trained):
 def test_defaults_are_the_released_ones():
     args = swapae.get_args(["--data", "."])
     assert (args.size, args.load, args.batch, args.lr, args.beta1, args.beta2) == (
-        256, 256, 16, 0.002, 0.0, 0.99)
+        256, None, 16, 0.002, 0.0, 0.99)
     assert (args.lambda_rec, args.lambda_gan_rec, args.lambda_gan_swap, args.lambda_cooccur) == (
         1.0, 0.5, 1.0, 1.0)
     assert (args.lambda_R1, args.lambda_patch_R1, args.R1_every, args.crops, args.patch) == (
@@ -684,7 +684,32 @@ def test_resumed_run_is_bit_identical(drawn, tmp_path, flags):
     assert_same(a["parts"], b["parts"])
 
 
-def test_two_processes_agree(drawn, tmp_path):
+def test_gradients_are_averaged_before_each_update():
+    args = tiny_args("--R1-every", 1)
+    m, calls = swapae.build(args, CPU), []
+    swapae.train_step(m, *swapae.random_batch(args, CPU), args, rng(),
+                      lambda *nets: calls.append(nets))
+    assert calls == [(m.D, m.P), (m.D, m.P), (m.E, m.G)]
+
+
+def test_every_row_of_the_log_has_all_columns(drawn, tmp_path):
+    run("--data", drawn, *TINY, "--steps", 3, "--R1-every", 2, "--out", tmp_path / "run")
+    head, *rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
+    assert set(head) == LOSSES | {"step", "R1", "R1_P", "seconds"}
+    assert [len(row) for row in rows] == [len(head)] * 3
+    r1 = [float(row[head.index("R1")]) for row in rows]
+    assert r1[0] == 0 and r1[1] > 0 and r1[2] == r1[1]      # the latest one
+
+
+def test_evenly_spaced_pictures(drawn):
+    files = [drawn / f"train/000{i}.png" for i in range(5)]
+    args = tiny_args()
+    two = swapae.opened(files, args, CPU, 2)
+    assert torch.equal(two, swapae.opened([files[0], files[2]], args, CPU))
+    assert len(swapae.opened(files, args, CPU, 9)) == 5
+
+
+def test_two_processes_run_and_see_more_pictures(drawn, tmp_path):
     flags = ["--data", str(drawn), *TINY, "--batch", "2", "--steps", "2"]
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                           "--nproc_per_node=2", "swapae.py", *flags, "--out",
@@ -891,6 +916,15 @@ def test_region_edits_and_clones_change_their_cells_only():
     assert swapae.clone(s, source, (3, 3, 9, 9), (6, 5)).shape == s.shape  # cut at both borders
 
 
+def test_a_white_mask_covers_pictures_of_odd_size(model, tmp_path):
+    m, args = model
+    Image.new("L", (41, 35), 255).save(tmp_path / "white.png")
+    args.mask, x = str(tmp_path / "white.png"), torch.zeros(1, 3, 35, 41)
+    mask = swapae.mask_of(swapae.embed(m, x, args)[0], x, args, 4)
+    args.mask = None
+    assert mask.shape == (1, 1, 9, 11) and (mask == 1).all()
+
+
 def test_similarity_mask_is_the_cosine():
     s = noise(1, 3, 4, 5)
     mask = swapae.similarity_mask(s, 1, 2, 0.3)
@@ -979,6 +1013,7 @@ def test_regions_and_clones(trained, drawn, model, tmp_path):
     edited = swapae.edit_region(s, deviations[0] * directions[0], mask)
     assert torch.allclose(opened(tmp_path / "out/0001.png"), swapae.paint(m, edited, t, args),
                           atol=1 / 127)
+    assert swapae.boxes_of([5, 0, 2, 5, 9, 3], s, s, 4) == ((1, 0, 1, 2), (2, 0))  # cells touched
     run(*flags, "--clone", 0, 4, 8, 12, 20, 0, "--exemplar", drawn / "test/0003.png")
     source, _ = swapae.embed(m, opened(drawn / "test/0003.png"), args)
     edited = swapae.clone(s, source, (0, 1, 2, 3), (5, 0))
@@ -1039,6 +1074,13 @@ def test_user_errors_are_one_line(drawn, trained, tmp_path, capsys, monkeypatch)
     assert "needs one of" in run_fails(capsys, *edit, "--pca", 1, "--exemplar", picture)
     assert "--mask" in run_fails(capsys, *edit, "--exemplar", picture, "--mask", "1,1")
     assert "directions 1 to 8" in run_fails(capsys, *edit, "--pca", 9, "--mask", "1,1")
+    assert "5 codes have directions 1 to 4" in run_fails(capsys, *edit, "--pca", 5)
+    assert "directions 1 to 4" in run_fails(capsys, *edit, "--pca", 0)
+    for box in ((-8, 0, 16, 16, 0, 0), (0, 0, 0, 8, 0, 0)):
+        assert "--clone X Y" in run_fails(capsys, *edit, "--clone", *box)
+    assert "starts outside" in run_fails(capsys, *edit, "--clone", 0, 0, 8, 8, 0, 32)
+    for flag, value in (("--exemplar", picture), ("--pca", 1), ("--mask", "1,1")):
+        assert f"{flag}: needs --translate" in run_fails(capsys, flag, value)
     assert "outside" in run_fails(capsys, *edit, "--pca", 1, "--mask", "99,1")
     Image.new("L", (9, 9)).save(tmp_path / "mask.png")
     assert "9x9 pixels" in run_fails(capsys, *edit, "--pca", 1, "--mask", "mask.png")
