@@ -30,6 +30,8 @@ DATA SETS (in the layout of the real one of the same name)
     sketches            {train,test}_{sketch,img,mask}: outlines, the coloured animal, what is not
                         background. Each part has its own colour. test_truth: the test sketch in
                         the colours of the next test picture, part by part; test_part: the parts.
+    textures            train test: shapes on a ground, each in two shades (plain, a rim, rings).
+                        test_truth: the shapes of a test picture, painted like the next one.
     digits_single       trainA trainB testA testB: digits in two colours; testAB/0007.png shows the
                         digit of testA/0007.png in the colours of testB/0007.png, testBA the
                         reverse. The rules of MNIST-Single, on digits of Pillow's built-in font.
@@ -555,7 +557,7 @@ def coat_mask(scene, size):
 
 STAMP = "toy.json"  # written last: says what a folder holds and that it is whole
 KINDS = "[AB]|AB|BA|_(img|label|inst|sketch|mask|truth|part)"
-OURS = re.compile(rf"((train|test|source|target)({KINDS})(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
+OURS = re.compile(rf"((train|test|source|target)({KINDS})?(/\d{{4,}})?|test_styles/[a-z]+)/\d{{4,}}"
                   r"\.png|contact\.png|boxes\.json|toy\.json")
 
 
@@ -1408,7 +1410,153 @@ def night_scores(x, reference, y_hat, y, boxes):
             for name, where in (("object error", inside), ("background error", ~inside))]
 
 
-# ---- digits: MNIST-Single and MNIST-Multiple (Ma et al., ICLR 2019), on any digits ---------------
+# Data set textures: layout and material, drawn independently --------------------------------------
+# A picture is a layout (which places are figure, which are ground) painted in two materials (each a
+# motif in two shades of a hue). They run along the outline, so that every picture tells where they
+# belong, whatever its own: a layout in other materials is one definite picture, the true answer to
+# "the structure of this one, the texture of that one".
+
+MOTIFS = ("plain", "rim", "rings")
+RIM = 0.09  # width of a rim or ring, as a share of the picture's side: 5.8 pixels of 64
+SOFT = 0.06  # over which an outline fades
+
+
+@dataclass(frozen=True)
+class Material:
+    motif: str  # one of MOTIFS
+    back: tuple  # RGB of the material
+    mark: tuple  # RGB of its motif
+
+
+@dataclass(frozen=True)
+class Texture:
+    ground: Material  # light
+    figure: Material  # dark
+
+
+def sample_material(rng, figure):
+    """A motif in two shades of one hue: dark and saturated for a figure, light for the ground."""
+    hue, shades = rng.random(), ((0.9, 0.35), (0.9, 0.8)) if figure else ((0.2, 1.0), (0.5, 0.65))
+    back, mark = (tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, *shade))
+                  for shade in shades)
+    return Material(pick(rng, MOTIFS), back, mark)
+
+
+def sample_texture(rng):
+    """Two materials, ground and figure."""
+    return Texture(sample_material(rng, False), sample_material(rng, True))
+
+
+def sample_layout(rng):
+    """[(kind, x, y, radius, turn)]: two to four figures that do not overlap much."""
+    figures = []
+    for _ in range(int(rng.integers(2, 5))):
+        for _ in range(20):
+            radius = rng.uniform(0.18, 0.28)
+            x, y = rng.uniform(0.15, 0.85, 2)
+            if all(math.hypot(x - a, y - b) > 0.8 * (radius + r) for _, a, b, r, _ in figures):
+                kind = pick(rng, ("disc", "square", "triangle", "bar"))
+                figures.append((kind, x, y, radius, rng.uniform(0, math.pi)))
+                break
+    return figures
+
+
+def elevation(layout, size):
+    """How far inside a figure (above 0) or outside all (below), in sides: (size, size)."""
+    across = (np.arange(size) + 0.5) / size
+    heights = []
+    for kind, x, y, radius, turn in layout:
+        u, v = across[None] - x, across[:, None] - y
+        u, v = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
+        if kind == "disc":
+            heights.append(radius - np.hypot(u, v))
+        elif kind == "square":
+            heights.append(0.8 * radius - np.maximum(abs(u), abs(v)))
+        elif kind == "bar":
+            heights.append(np.minimum(1.4 * radius - abs(u), 0.5 * radius - abs(v)))
+        else:  # triangle: three half-planes
+            heights.append(0.6 * radius - np.max([u * math.cos(a) + v * math.sin(a) for a in (
+                0, 2 * math.pi / 3, 4 * math.pi / 3)], axis=0))
+    return np.max(heights, axis=0)
+
+
+def paint_material(material, depth):
+    """The material at a distance `depth` (H, W) from the outline: floats (H, W, 3) in 0..255."""
+    mark = {"plain": np.zeros_like(depth), "rim": ((RIM - depth) / SOFT + 0.5).clip(0, 1),
+            "rings": 0.5 + 0.5 * np.cos(depth / RIM * math.pi)}[material.motif][..., None]
+    return mark * np.array(material.mark) + (1 - mark) * np.array(material.back)
+
+
+def render_texture(layout, texture, size):
+    """The layout in the texture's two materials, an RGB Pillow picture of size x size pixels."""
+    height = elevation(layout, size * supersample(size))
+    inside = (height / SOFT + 0.5).clip(0, 1)[..., None]
+    picture = (inside * paint_material(texture.figure, height.clip(0))
+               + (1 - inside) * paint_material(texture.ground, (-height).clip(0)))
+    return Image.fromarray(picture.round().astype(np.uint8)).reduce(supersample(size))
+
+
+def textures(out, n=800, size=64, seed=0, n_test=40):
+    """Draw pictures of layouts in materials into `out`, like `horse2zebra`: train/ and test/.
+
+    test_truth/0007.png has the layout of test/0007.png and the texture of test/0008.png (the last
+    one takes the first one's).
+    """
+    if n_test < 2:
+        raise ValueError(f"n_test is {n_test}, expected at least 2")
+
+    def drawn(stream, i, other):
+        layout = sample_layout(np.random.default_rng([seed, stream, i]))
+        return render_texture(layout, sample_texture(np.random.default_rng(
+            [seed, stream + 1, other])), size)
+
+    with published(out, describe("textures", n, size, seed)) as folder:
+        for sub, stream, count, shift in (("train", 20, n, 0), ("test", 22, n_test, 0),
+                                          ("test_truth", 22, n_test, 1)):
+            (folder / sub).mkdir()
+            for i in range(count):
+                drawn(stream, i, (i + shift) % count).save(folder / sub / f"{i:04d}.png")
+        contact_sheet(folder, [("train", "layouts in materials"), ("test", "other ones"),
+                               ("test_truth", "the same layouts in the next one's materials")],
+                      folder / "contact.png")
+
+
+def texture_scores(x, exemplar, y_hat, y):
+    """Scores of swaps y_hat (structure of x, texture of exemplar) against their true answers y.
+
+    All are float arrays (N, 3, H, W) in [-1, 1]; scores are mean absolute differences in grey
+    levels of 0..255, lower is better: "swap error" of the pictures, "palette error" of their means
+    over a rim's width, "pattern error" of what these means leave. The trivial answers are x, the
+    exemplar, and x with the mean and deviation of the exemplar's colour channels.
+    Returns [{"name", "value", "better", "trivial"}].
+    """
+    x, exemplar, y_hat, y = (np.asarray(a, dtype=np.float64) for a in (x, exemplar, y_hat, y))
+    radius = max(1, round(x.shape[-1] * RIM / 2))
+
+    def statistics(a):
+        return a.mean(axis=(2, 3), keepdims=True), a.std(axis=(2, 3), keepdims=True)
+
+    (mean, std), (to_mean, to_std) = statistics(x), statistics(exemplar)
+    answers = {"copy the structure": x, "copy the texture": exemplar,
+               "colour transfer": ((x - mean) / (std + 1e-6) * to_std + to_mean).clip(-1, 1)}
+
+    def whole(a):
+        return a
+
+    def palette(a):
+        return window_mean(a, radius)
+
+    def pattern(a):
+        return a - palette(a)
+
+    return [{"name": f"{name} error", "better": "lower",
+             "value": float(np.abs(part(y_hat) - part(y)).mean() * 127.5),
+             "trivial": {answer: float(np.abs(part(a) - part(y)).mean() * 127.5)
+                         for answer, a in answers.items()}}
+            for name, part in (("swap", whole), ("palette", palette), ("pattern", pattern))]
+
+
+# Data sets digits_single, digits_multiple: by the rules of MNIST-Single and MNIST-Multiple --------
 # A digit is a mask: True where there is ink. Both the toy sets and the real ones use these rules.
 
 GREYS = np.array([(0, 0, 0), (255, 255, 255)], np.uint8)
@@ -1553,11 +1701,11 @@ def draw_digits(out, description, folders):
 
 DATASETS = {"horse2zebra": horse2zebra, "horse2zebra_single": horse2zebra_single,
             "synthetic2real": synthetic2real, "scenes": scenes, "clips": clips,
-            "sketches": sketches, "day2night": day2night, "digits_single": digits_single,
-            "digits_multiple": digits_multiple}
+            "sketches": sketches, "day2night": day2night, "textures": textures,
+            "digits_single": digits_single, "digits_multiple": digits_multiple}
 DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600,
-             "clips": 40, "sketches": 400, "day2night": 400, "digits_single": 2000,
-             "digits_multiple": 600}
+             "clips": 40, "sketches": 400, "day2night": 400, "textures": 800,
+             "digits_single": 2000, "digits_multiple": 600}
 
 
 def ensure(name, size, root="datasets", n=None, seed=0):
