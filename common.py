@@ -108,7 +108,7 @@ def parse_flags(p, argv, method, presets, run_name):
     p.set_defaults(**presets(rough))
     rough, _ = p.parse_known_args(argv)
     saved = rough.weights
-    if rough.resume and not saved:
+    if rough.resume and not saved and getattr(rough, "ablation", None) != "all":
         saved = Path(rough.out or Path("runs") / run_name(rough)) / "last.pt"
         if not saved.exists():
             raise UserError(f"--resume: no checkpoint at {saved}; start without --resume")
@@ -122,6 +122,14 @@ def parse_flags(p, argv, method, presets, run_name):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     args.run_folder = args.out or str(Path("runs") / run_name(args))
     return args
+
+
+def variant(args, name, change):
+    """One variant's arguments in --ablation all: --resume goes on where it stopped, if it began."""
+    folder = Path(args.run_folder) / name
+    return argparse.Namespace(**vars(args) | change | {
+        "ablation": name, "run_folder": str(folder),
+        "resume": args.resume and (folder / "last.pt").exists()})
 
 
 # =============================================================================================

@@ -427,9 +427,7 @@ def train_ablations(args):
         label = {"none": "CycleGAN", "cycle": "cycle alone", "gan": "GAN alone"}.get(
             name, name.replace("gan+", "GAN + "))
         print(f"---- {label} ----", flush=True)
-        variant = argparse.Namespace(**vars(args) | {
-            "ablation": name, "run_folder": str(folder / name)})
-        rows[label], columns = train(variant)
+        rows[label], columns = train(common.variant(args, name, {}))
         for x, y_hat in (("x", "G(x)"), ("y", "F(y)")):
             strips.setdefault(x, {x: columns[x]})[label] = columns[y_hat]
     for x, strip in strips.items():

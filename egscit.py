@@ -876,10 +876,9 @@ def train_ablations(args):
     for name, change in ABLATIONS.items():
         label = "EGSC-IT" if name == "none" else f"w/o {name}"
         print(f"---- {label} ----", flush=True)
-        variant = argparse.Namespace(**vars(args) | change | {
-            "ablation": name, "run_folder": str(folder / name),
-            "features": args.features if name == "none" else str(folder / "none" / "last.pt")})
-        rows[label], columns = train(variant)
+        if name != "none":
+            change = change | {"features": str(folder / "none" / "last.pt")}
+        rows[label], columns = train(common.variant(args, name, change))
         for way in ("AB", "BA"):
             given = {x: columns[x] for x in (f"x_{way[0]}", f"x_{way[1]}", f"true x_{way}")
                      if x in columns}

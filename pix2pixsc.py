@@ -62,7 +62,6 @@ import functools
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1023,13 +1022,12 @@ def predicted_scores(test, paths):
             for name, value in zip(names, values, strict=True)]
 
 
-def ablation(args, argv):
+def train_ablations(args):
     """Tab. 4: train all of ABLATIONS with the same seed; ablation.md and ablation.png."""
     out, rows, columns = Path(args.run_folder), {}, {}
-    flags = re.sub(r"\0--ablation[\0=]all", "", "\0".join(["", *argv])).split("\0")[1:]
-    for name in ABLATIONS:
+    for name, change in ABLATIONS.items():
         print(f"---- {'the whole method' if name == 'none' else f'without {name}'}", flush=True)
-        variant = get_args([*flags, "--ablation", name, "--out", str(out / name)])
+        variant = common.variant(args, name, change)
         G = train(variant)
         show = Tests(data_folder(variant), variant, common.pick_device(variant.device), 6)
         found = show.columns(G)
@@ -1054,7 +1052,7 @@ def main(argv=None):
     elif args.evaluate:
         evaluate(args)
     elif args.ablation == "all":
-        ablation(args, sys.argv[1:] if argv is None else argv)
+        train_ablations(args)
     else:
         train(args)
 

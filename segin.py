@@ -646,9 +646,7 @@ def train_ablations(args):
     for name, change in ABLATIONS.items():
         label = "SEGIN" if name == "none" else f"w/o {name}"
         print(f"---- {label} ----", flush=True)
-        variant = argparse.Namespace(**vars(args) | change | {
-            "ablation": name, "run_folder": str(folder / name)})
-        rows[label], columns = train(variant)
+        rows[label], columns = train(common.variant(args, name, change))
         strip = strip or {k: columns[k] for k in ("x", "r", "W(x, r)")}
         strip[label] = columns["N(x, W)"]
     common.save_grid(folder / "ablation.png", strip)

@@ -782,9 +782,7 @@ def train_ablations(args):
     for name, change in ABLATIONS.items():
         label = "SwapAE" if name == "none" else name
         print(f"---- {label} ----", flush=True)
-        variant = argparse.Namespace(**vars(args) | change | {
-            "ablation": name, "run_folder": str(folder / name)})
-        rows[label], columns = train(variant)
+        rows[label], columns = train(common.variant(args, name, change))
         strip = strip or {"structure": columns["structure"]}
         strip |= {f"{k}, {label}": columns[k] for k in list(columns)[2:4]}  # two textures
     common.save_grid(folder / "ablation.png", strip)

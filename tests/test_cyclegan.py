@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -371,6 +372,14 @@ def test_ablation_all_of_photographs_has_no_truth(folder, tmp_path):
     run("--data", folder, *TINY, "--ablation", "all", "--steps", 1, "--out", tmp_path / "run")
     assert (tmp_path / "run/ablation_x.png").exists()
     assert not (tmp_path / "run/ablation.md").exists()
+    whole = torch.load(tmp_path / "run/gan/last.pt", weights_only=True)
+    shutil.rmtree(tmp_path / "run/gan")                      # as if stopped after the first variant
+    run("--data", folder, *TINY, "--ablation", "all", "--steps", 1, "--out", tmp_path / "run",
+        "--resume")
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {*cyclegan.ABLATIONS}
+    for net in ("G", "F"):
+        again = torch.load(tmp_path / "run/gan/last.pt", weights_only=True)
+        assert_same(again["parts"][net], whole["parts"][net])
 
 
 # ---- translate and evaluate -------------------------------------------------------------------
