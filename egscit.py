@@ -60,7 +60,9 @@ EXPECT       python egscit.py: TODO
 
 import argparse
 import functools
+import os
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,7 +137,7 @@ def get_args(argv=None):
     add("--downs", type=int, default=2, help="stride-2 layers of E, G and F (code: 0 for 28x28)")
     add("--blocks", type=int, default=3, help="residual blocks of E, G and F, shared ones aside")
     add("--init", choices=["released", "xavier"], default="released",
-        help="first weights: N(0, 0.02^2) cut at 0.04, D xavier (code); or all of them xavier")
+        help="N(0, 0.02^2) cut at 0.04, D xavier (code, there uniform); or all of them xavier")
     add("--eta", type=float, default=0.5, help="Sec. 3.1: least value of a mask (code); 1: no mask")
     add("--adain", choices=["paper", "released", "off"], default="paper", help="Eq. (2): CHOICES")
     add("--lambda-GAN", type=float, default=10.0, help="UNIT's weight of L_GAN")
@@ -521,9 +523,11 @@ def mnist(args, split):
 
     if args.size != (own := 28 if args.data == "mnist-single" else 112):
         raise UserError(f"--size {args.size}: pictures of {args.data} have {own}x{own} pixels")
+    last = Path(args.mnist_root) / "MNIST/raw/t10k-labels-idx1-ubyte"
+    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not last.exists():
+        time.sleep(1)  # torchrun: the first process fetches it
     try:
-        data = MNIST(args.mnist_root, train=split == "train", download=not (
-            Path(args.mnist_root) / "MNIST/raw/train-images-idx3-ubyte").exists())
+        data = MNIST(args.mnist_root, train=split == "train", download=not last.exists())
     except (OSError, RuntimeError) as error:
         raise UserError(f"--mnist-root {args.mnist_root}: no MNIST/raw there, and torchvision "
                         f"cannot download it ({' '.join(str(error).split())})") from None
