@@ -46,7 +46,7 @@ CHOICES      The default is the authors' released code; --follow thesis sets wha
 USAGE        python swapae.py                                 # toy world, a score at the end
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
-EXPECT       python swapae.py: 2,200 steps in 18 minutes on one CPU core (0.48 s each). The colours of
+EXPECT       python swapae.py: 2,200 steps, 18 minutes on one CPU core (0.48 s each). The colours of
              figures follow the texture picture by step 400, those of the ground later; rims and
              rings mostly stay with the structure. Swap error 32 grey levels of 255 (colour transfer
              35, the picture unchanged 52), reconstruction 13. D and P stay near 0.65, undecided.
