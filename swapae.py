@@ -188,6 +188,9 @@ def get_args(argv=None):
                         "smaller one first")
     if args.crops < 1 or args.downs < 1 or args.base_blocks < 1 or args.R1_every < 0:
         raise UserError("--crops, --downs, --base-blocks: must be at least 1; --R1-every: 0")
+    for net, low in (("E", 1 / 32), ("G", 1 / 64), ("D", 1 / 64), ("P", 1 / 64)):
+        if getattr(args, f"width_{net}") < low:
+            raise UserError(f"--width-{net} {getattr(args, f'width_{net}')}: at least {low}")
     if not 0 <= args.ema < 1:
         raise UserError(f"--ema {args.ema}: must lie between 0 and 1")
     if args.clone and (min(args.clone) < 0 or 0 in args.clone[2:4]):
@@ -1094,23 +1097,11 @@ def figure(args):
         columns = swap_grid(m, show, show, args)
     elif args.figure == "corruptions":
         columns = {name: change(show) for name, change in CORRUPTIONS.items()}
-        networks = metric_networks(args, device)
-        print(f"SIFID and self-similarity distance to the original ({args.vgg} weights)")
-        for name, pictures in list(columns.items())[1:]:
-            print(f"{name}: {sifid(networks, show, pictures):.4g} "
-                  f"{self_similarity(networks, show, pictures):.4g}")
     elif args.figure == "interpolate":
         other, alphas = show.roll(-1, dims=0), (0.0, 0.25, 0.5, 0.75, 1.0)
         columns = {"structure": show}
         columns |= {f"alpha {a:g}": swap(m, show, other, args, a) for a in alphas}
         columns["texture"] = other
-        networks = metric_networks(args, device)
-        print("Fig. 4.6: SIFID to the texture picture, self-similarity distance to the structure "
-              f"picture ({args.vgg} weights)")
-        for a in alphas:
-            y = columns[f"alpha {a:g}"]
-            print(f"alpha {a:g}: {sifid(networks, other, y):.4g} "
-                  f"{self_similarity(networks, show, y):.4g}")
     else:
         pictures = opened(training_files(root), args, device)
         directions, deviations = principal_directions(texture_codes(m, pictures, args), 3)
@@ -1122,6 +1113,14 @@ def figure(args):
     path = Path(args.out or Path(args.weights).parent) / f"{args.figure}.png"
     common.save_grid(path, columns)
     print(f"wrote {path}")
+    if args.figure in ("corruptions", "interpolate"):
+        texture = {"corruptions": "original"}.get(args.figure, "texture")
+        networks = metric_networks(args, device)
+        print(f"SIFID to the {texture} picture, self-similarity distance to the first column "
+              f"({args.vgg} weights)")
+        for name, pictures in columns.items():
+            print(f"{name}: {sifid(networks, columns[texture], pictures):.4g} "
+                  f"{self_similarity(networks, show, pictures):.4g}")
 
 
 # ---- Metrics (Sec. 4.4.2, 4.4.4, 4.4.11) ---------------------------------------------------------
@@ -1306,11 +1305,11 @@ def evaluate(args):
     for what, times in seconds.items():
         scores.append({"name": f"{what}, seconds on {device.type}", "better": "lower",
                        "value": statistics.median(times)})
-    if args.data != "toy" or args.fid_weights:
-        value = common.fid(mix.split(1), x.split(1), device, args.fid_weights)
-        scores.append({"name": f"FID ({n} swaps, {n} structure pictures, 299x299)", "value": value,
-                       "better": "lower"})
     common.print_scores(scores)
+    if args.data != "toy" or args.fid_weights:  # last, because its network may have to be fetched
+        value = common.fid(mix.split(1), x.split(1), device, args.fid_weights)
+        common.print_scores([{"name": f"FID ({n} swaps, {n} structure pictures, 299x299)",
+                              "value": value, "better": "lower"}])
 
 
 # =============================================================================================
