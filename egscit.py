@@ -55,7 +55,7 @@ USAGE        python egscit.py                                  # toy digits, sco
              python egscit.py --translate x.jpg --exemplar y.jpg --direction AtoB --weights last.pt
              python egscit.py --ablation all                   # Tab. 2
              python egscit.py --figure masks --weights last.pt # or embedding: Fig. 5
-EXPECT       python egscit.py: 4,000 steps in 15 minutes on one CPU core, stage 1 in one more. SSIM to
+EXPECT       python egscit.py: 4,000 steps in 15 minutes on one CPU core, stage 1 in one. SSIM to
              the truth 0.67 and 0.52 (flat paper: 0.50, 0.24). Papers are right first, then digits
              take shape, black ones on white sooner than white ones on black, which stay broken.
              MNIST, --data mnist-single --small --amp --steps 6000: 0.81 and 0.70 after 21 minutes
