@@ -91,7 +91,8 @@ def measure(script, flags, steps):
     m = module.build(args, device)
     batch = module.random_batch(args, device)
     rng = torch.Generator().manual_seed(0)
-    if args.compile:  # the operation counter cannot look into compiled code
+    # the operation counter cannot look into compiled code, or below R1's gradient at a picture
+    if args.compile or getattr(args, "R1_every", 0) == 1:
         module.train_step(m, *batch, args, rng)
         flops = None
     else:
