@@ -940,10 +940,10 @@ def refuse(*args, **kwargs):
 
 
 def test_learns_the_toy_world(digits, tmp_path, monkeypatch):
-    """150 steps: pictures are rebuilt, and papers take the exemplar's colour (by chance: 1/3)."""
+    """100 steps: pictures are rebuilt, and papers take the exemplar's colour (by chance: 1/3)."""
     monkeypatch.setattr(toy, "ensure", lambda name, size: digits)
     monkeypatch.setattr(egscit.train_digit_vgg, "__defaults__", (200, 32))
-    run("--ngf", 8, "--ndf", 8, "--blocks", 2, "--pretrain", 60, "--steps", 150, "--lr", 2e-3,
+    run("--ngf", 8, "--ndf", 8, "--blocks", 2, "--pretrain", 60, "--steps", 100, "--lr", 2e-3,
         "--device", "cpu", "--out", tmp_path / "run")
     scores = {s["name"]: s for s in json.loads(
         (tmp_path / "run/result.json").read_text())["scores"]}
