@@ -1114,7 +1114,7 @@ def figure(args):
     common.save_grid(path, columns)
     print(f"wrote {path}")
     if args.figure in ("corruptions", "interpolate"):
-        texture = {"corruptions": "original"}.get(args.figure, "texture")
+        texture = "original" if args.figure == "corruptions" else "texture"
         networks = metric_networks(args, device)
         print(f"SIFID to the {texture} picture, self-similarity distance to the first column "
               f"({args.vgg} weights)")
