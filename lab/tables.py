@@ -1,0 +1,260 @@
+"""The papers' tables, rerun: every row with several seeds, and a verdict on each of its claims.
+
+    python -m lab.tables                          # the tables, and what there is of them
+    python -m lab.tables cut.fig3.24 [--seeds 0 1 2] [--jobs 2] [--device cpu] [--quick] [--again]
+
+A row is a variant of a script (lab/rows), trained in runs/tables/NAME/ROW-SEED. A result that is in
+lab/results/NAME/ROW-SEED.json is not measured again, an interrupted run is continued. A claim is
+judged by the table's score: "shows" if every seed of the better row beats every seed of the other,
+"does not show" if the reverse, else "undecided".
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import UserError, entry, pick_device
+from lab import variants
+
+MODELS = re.findall("model name.*: (.+)", Path("/proc/cpuinfo").read_text()
+                    if sys.platform == "linux" else "")
+
+
+@dataclass
+class Row:
+    """label: as the paper's table has it; paper: {column: what the paper reports}."""
+    label: str
+    variant: str | None = None
+    flags: list = field(default_factory=list)
+    paper: dict = field(default_factory=dict)
+
+
+@dataclass
+class Table:
+    """flags: of all rows, --steps among them; score: decides claims, (better, worse, words)."""
+    script: str
+    about: str
+    rows: list
+    score: str
+    flags: list = field(default_factory=list)
+    claims: list = field(default_factory=list)
+
+
+TABLES = {
+    "cyclegan.tab3.4": Table(
+        "cyclegan", "Tab. 3.4: which terms of Eq. (3.3) are needed (paper: labels -> photo)",
+        score="stripe direction error", flags=["--steps", "1800"],
+        rows=[Row("Cycle alone", "cycle_alone", paper={"class IoU": 0.02}),
+              Row("GAN alone", "GAN_alone", paper={"class IoU": 0.08}),
+              Row("GAN + forward cycle", "GAN_forward", paper={"class IoU": 0.12}),
+              Row("GAN + backward cycle", "GAN_backward", paper={"class IoU": 0.06}),
+              Row("CycleGAN", paper={"class IoU": 0.11})],
+        claims=[("CycleGAN", "Cycle alone", "removing the GAN loss degrades results"),
+                ("CycleGAN", "GAN alone", "so does removing the cycle-consistency loss")]),
+    "cut.fig3.24": Table(
+        "cut", "Fig. 3.24: what the contrastive loss needs (paper: horse -> zebra)",
+        score="stripe direction error", flags=["--steps", "2500"],
+        rows=[Row("CUT", paper={"FID": 45.5}), Row("no id", "no_id"),
+              Row("no id, 15 neg", "no_id_15_neg"), Row("last", "last"),
+              Row("int and ext", "int_and_ext"), Row("ext only", "external"),
+              Row("ext only, last", "external_last")],
+        claims=[("CUT", "ext only", "internal negatives are more effective than external ones"),
+                ("CUT", "int and ext", "external negatives hurt also as an addition"),
+                ("CUT", "last", "using the encoder's last layer alone hurts")]),
+}
+
+
+class Series:
+    """The runs of a table, and where they are kept; `UserError` if there is no such table."""
+
+    def __init__(self, name, quick=False, device="cpu"):
+        if name not in TABLES:
+            raise UserError(f"no table {name!r}, found {', '.join(TABLES)}")
+        self.name, self.table, self.device = name, TABLES[name], ["--device", device]
+        self.folder = Path("runs/tables", f"{name}-quick" if quick else name)
+        self.results = self.folder if quick else variants.ROOT / "lab/results" / name
+        self.shared, self.children, self.stopped = [*self.table.flags], set(), False
+        for i, flag in enumerate(self.shared if quick else ()):
+            if flag.endswith("steps"):
+                self.shared[i + 1] = str(max(1, int(self.shared[i + 1]) // 10))
+
+    def files(self, row, seed):
+        """(result, log) of a row and a seed; the run folder is the log's name without suffix."""
+        name = f"{re.sub(r'[^A-Za-z0-9]+', '_', row.label).strip('_')}-{seed}"
+        return self.results / f"{name}.json", self.folder / f"{name}.log"
+
+    def source(self, row):
+        """(12 digits that stand for the row's code, its flags); `UserError` if a patch is stale."""
+        texts, own = variants.sources(self.table.script, row.variant)
+        digits = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:12]
+        return digits, [*self.shared, *own, *row.flags]
+
+    def measure(self, row, seed):
+        """Train a row with a seed and write its result. Returns None, or why there is none."""
+        if self.stopped:
+            return "stopped"
+        (source, flags), (path, log) = self.source(row), self.files(row, seed)
+        key, out = f"{source} {shlex.join(flags)}\n", log.parent / log.stem
+        known = log.exists() and log.read_text(errors="replace").startswith(key)
+        if not known:  # what is there is of other code or flags: not to be continued
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in ("last.pt", "result.json"):
+                (out / stale).unlink(missing_ok=True)
+            log.write_text(key)
+        given = [*row.flags, *self.device, "--seed", str(seed), "--out", str(out)]
+        given += ["--resume"] if known and (out / "last.pt").exists() else []
+        with tempfile.TemporaryDirectory() as folder, open(log, "ab") as output:
+            child = variants.start(
+                self.table.script, row.variant, given, folder, self.shared,
+                {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True)  # Ctrl-C comes from `stop` alone
+            self.children.add(child)
+            if self.stopped:
+                child.send_signal(signal.SIGINT)
+            code = child.wait()
+            self.children.discard(child)
+        if code or not (out / "result.json").exists():
+            lines = re.split(r"[\r\n]+", log.read_text(errors="replace").strip())[-5:]
+            return "\n".join([f"exit code {code}, {log} ends in:", *lines])
+        result = json.loads((out / "result.json").read_text())
+        scores = [{k: s[k] for k in ("name", "value", "better")} | {"trivial": s.get("trivial", {})}
+                  for s in result["scores"]]
+        record = {"table": self.name, "row": row.label, "seed": seed, "flags": flags + self.device,
+                  "steps": result["steps"], "seconds": result["seconds"], "scores": scores,
+                  "source": source, "torch": torch.__version__, "threads": 1,
+                  "cpu": MODELS[0] if MODELS else platform.processor() or platform.machine()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def stop(self, number, _):
+        """Hand a signal on: the running scripts save, and no more are started."""
+        self.stopped = True
+        for child in list(self.children):
+            child.send_signal(number)
+
+    def measure_all(self, seeds, jobs, again=False):
+        """Measure what is missing, all rows with the first seed first; the number of failures."""
+        every = [(row, seed) for seed in seeds for row in self.table.rows]
+        for row in self.table.rows:
+            self.source(row)  # a patch that no longer applies is told before hours of training
+        for path in [path for pair in every for path in self.files(*pair)] if again else ():
+            path.unlink(missing_ok=True)
+        left, failures = [pair for pair in every if not self.files(*pair)[0].exists()], 0
+        before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        with (ThreadPoolExecutor(max(1, jobs)) as pool, tqdm(
+                total=len(every), initial=len(every) - len(left), unit="run", smoothing=0) as bar):
+            waiting = runs = {pool.submit(self.measure, *pair): pair for pair in left}
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    error, (row, seed) = future.exception() or future.result(), runs[future]
+                    if error and not self.stopped:
+                        bar.write(f"{row.label}, seed {seed}: {error}", file=sys.stderr)
+                        failures += 1
+                    bar.update(error is None)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if self.stopped:
+            print("stopped; the same command goes on", file=sys.stderr)
+            raise KeyboardInterrupt
+        return failures
+
+
+def verdict(better, worse, direction):
+    """Do the values of one row beat the other's? direction: 'lower' or 'higher' is better."""
+    gains = [b - a if direction == "lower" else a - b for a in better for b in worse]
+    return ("not run" if not gains else "shows" if all(gain > 0 for gain in gains) else
+            "does not show" if all(gain < 0 for gain in gains) else "undecided")
+
+
+def markdown(series, seeds):
+    """The table and the verdicts on its claims, as Markdown."""
+    table = series.table
+    found = {row.label: [json.loads(path.read_text()) for seed in seeds
+                         if (path := series.files(row, seed)[0]).exists()] for row in table.rows}
+    scores = [s for results in found.values() for r in results for s in r["scores"]]
+    directions = {s["name"]: s["better"] for s in scores}
+    columns = list(dict.fromkeys(column for row in table.rows for column in row.paper))
+
+    def values(label, score):
+        return [s["value"] for r in found[label] for s in r["scores"] if s["name"] == score]
+
+    def line(label, numbers, paper):
+        cells = [f"{sum(v) / len(v):.3g}" + (f" ({min(v):.3g} to {max(v):.3g})" if v[1:] else "")
+                 if v else "" for v in numbers]
+        return f"| {' | '.join([label, *cells, *(str(paper.get(c, '')) for c in columns)])} |"
+
+    heads = [*(f"{name} ({better} is better)" for name, better in directions.items()),
+             *(f"paper: {column}" for column in columns)]
+    lines = [f"{series.name}, {table.about}: {table.script}.py {shlex.join(series.shared)}, seeds "
+             f"{' '.join(map(str, seeds))}, mean (least to most)", "",
+             f"| {' | '.join(['row', *heads])} |", "|---" * (1 + len(heads)) + "|"]
+    for row in table.rows:
+        n = len(found[row.label])
+        note = "" if n == len(seeds) else f" ({n} of {len(seeds)} seeds)" if n else " (not run)"
+        lines.append(line(row.label + note, [values(row.label, s) for s in directions], row.paper))
+    for answer in dict.fromkeys(answer for s in scores for answer in s["trivial"]):
+        numbers = [sorted({s["trivial"][answer] for s in scores if s["name"] == name
+                           and answer in s["trivial"]}) for name in directions]
+        lines.append(line(answer, numbers, {}))
+    lines.append("")
+    for better, worse, words in table.claims:
+        pair = [v if len(v := values(label, table.score)) == len(seeds) else []
+                for label in (better, worse)]
+        said = verdict(*pair, directions.get(table.score))
+        odds = f", by chance 1 in {math.comb(2 * len(seeds), len(seeds))}" if "show" in said else ""
+        lines.append(f"- {said}{odds}: {words} ({better} before {worse}, {table.score})")
+    stale = [f"{row.label} seed {r['seed']}" for row in table.rows for r in found[row.label]
+             if (r["source"], r["flags"][:-2]) != series.source(row)]
+    lines += [f"\nMeasured with other code or flags than today's: {', '.join(stale)}"] * bool(stale)
+    return "\n".join(lines)
+
+
+def overview():
+    """The tables: rows, the seeds that are there, hours that they took."""
+    for name, table in TABLES.items():
+        results = [json.loads(p.read_text()) for p in sorted(Series(name).results.glob("*.json"))]
+        hours = sum(r["seconds"] for r in results) / 3600
+        print(f"{name}  {table.about}; {len(results)} results, {hours:.1f} hours")
+        for row in table.rows:
+            seeds = [str(r["seed"]) for r in results if r["row"] == row.label]
+            print(f"    {row.label}: {'seeds ' + ' '.join(seeds) if seeds else 'not run'}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m lab.tables", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", nargs="?", help="which table; all are listed if not given")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--device", help="as the scripts take it")
+    p.add_argument("--quick", action="store_true", help="a tenth of the steps, kept in runs/")
+    p.add_argument("--again", action="store_true", help="forget first what is there of these seeds")
+    args = p.parse_args(argv)
+    if args.name is None:
+        return overview()
+    series = Series(args.name, args.quick, args.device or pick_device().type)
+    failures = series.measure_all(args.seeds, args.jobs, args.again)
+    print(markdown(series, args.seeds))
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    entry(main)
