@@ -12,7 +12,7 @@ SYMBOLS      paper                 here              shape
              x, y                  x, y              (B, 3, H, W) in [-1, 1], unpaired
              G: X -> Y, F: Y -> X  G, F              (B, 3, H, W) -> (B, 3, H, W)
              G(x), F(y)            y_hat, x_hat      (B, 3, H, W)
-             F(G(x))               x_cyc             (B, 3, H, W)
+             F(G(x)), G(F(y))      x_cyc, y_cyc      (B, 3, H, W)
              D_X, D_Y              D_X, D_Y          (B, 3, H, W) -> logits (B, 1, H', W')
              buffer of 50 images   pool_X, pool_Y    x_hat and y_hat of earlier steps
              lambda                lambda_cyc        10
@@ -33,15 +33,13 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Padding, biases and N(0, 0.02^2) weights are the code's. Some of their code blurs
              before sampling: --antialias-G --antialias-D.
              Crops are 256 of 286 pixels (code), and uncropped in the decaying half of a run.
-             6 or 9 residual blocks are the text's for 128 and 256 pixels; above 128: 9.
+             The rate falls with every step; the code's with every epoch.
 
 USAGE        python cyclegan.py                                   # toy world, scores at the end
              python cyclegan.py --data horse2zebra
              python cyclegan.py --translate photo.jpg --weights runs/cyclegan-horse2zebra/last.pt
              python cyclegan.py --translate zebra.jpg --weights FILE --direction BtoA  # with F
-             python cyclegan.py --ablation all                    # Fig. 3.7: why both terms?
-EXPECT       python cyclegan.py: about 3.5 minutes on two CPU cores; x to y: coat error 20 to 23
-             (copying the input 59), background 17 to 20 (mean colour 41); F(G(x)) about 14.
+EXPECT       @EXPECT@
 """
 
 import argparse
@@ -55,19 +53,17 @@ import torch.nn as nn
 from PIL import Image
 
 import common
-import toy
-from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError
-
-LAYOUT = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
+from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError, full
 
 # =============================================================================================
 # 1. Configuration
 # =============================================================================================
 
-ABLATIONS = {  # Tab. 3.4, Tab. 3.5, Fig. 3.7: which terms of Eq. (3.3) are left
-    "cycle": ("forward", "backward"), "gan": ("GAN",), "gan+forward": ("GAN", "forward"),
-    "gan+backward": ("GAN", "backward"), "none": ("GAN", "forward", "backward"),
-}
+KNOWN = {name: (f"https://people.eecs.berkeley.edu/~taesung_park/CycleGAN/datasets/{name}.zip",
+                f"http://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip")
+         for name in ("ae_photos", "apple2orange", "cezanne2photo", "horse2zebra", "maps",
+                      "iphone2dslr_flower", "monet2photo", "summer2winter_yosemite",
+                      "ukiyoe2photo", "vangogh2photo")}
 PAINTINGS = ("monet2photo", "cezanne2photo", "ukiyoe2photo", "vangogh2photo")
 TOY = {"size": 64, "load": 64, "batch": 2, "steps": 1800, "lr": 5e-4, "ngf": 16, "ndf": 16,
        "blocks": 4, "antialias_D": True, "workers": 0, "sample_every": 300}
@@ -77,37 +73,33 @@ def get_args(argv=None):
     """Flags in layers: the paper's defaults < toy preset < checkpoint < command line."""
     p = common.base_parser(__doc__)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
-    add("--ablation", choices=[*ABLATIONS, "all"], default="none",
-        help="Tab. 3.4: train with some terms only; all: each in turn, with a table and a strip")
     add("--direction", choices=["AtoB", "BtoA"], default="AtoB",
         help="which domain is x; with --translate or --evaluate which way to go, G's or F's")
     add("--size", type=int, default=256, help="training crop (Sec. 3.2.4)")
-    add("--load", type=int, default=None, help="pictures are resized to this before the crop "
-                                               "(286/256 of --size if not given)")
+    add("--load", type=int, help="pictures are resized to this first (286/256 of --size)")
     add("--keep-aspect", action=switch, default=False, help="resize the short side, not to square")
     add("--batch", type=int, default=1, help="pictures per step and process (Sec. 3.2.4)")
     add("--epochs", type=int, default=200, help="passes over the larger domain (Sec. 3.2.4)")
-    add("--steps", type=int, default=None, help="updates in all; overrides --epochs")
+    add("--steps", type=int, help="updates in all; overrides --epochs")
     add("--decay-from", type=float, default=0.5, help="fraction of the run with a constant rate")
     add("--lr", type=float, default=2e-4, help="Adam's rate (Sec. 3.2.4)")
     add("--beta1", type=float, default=0.5, help="Adam's first decay (code)")
     add("--ngf", type=int, default=64, help="width of G and F (code)")
     add("--ndf", type=int, default=64, help="width of D_X and D_Y (code)")
-    add("--blocks", type=int, default=None, help="residual blocks of G and F (Sec. 3.2.4: 6 up to "
-                                                 "128 pixels, else 9)")
+    add("--blocks", type=int, help="residual blocks (Sec. 3.2.4: 6 up to 128 pixels, else 9)")
     add("--antialias-G", action=switch, default=False, help="blur before down- and upsampling in G")
     add("--antialias-D", action=switch, default=False, help="blur before downsampling in D")
     add("--lambda-cyc", type=float, default=10.0, help="lambda of Eq. (3.3) (Sec. 3.2.4)")
     add("--lambda-identity", type=float, default=0.0, help="weight of L_identity (Sec. 3.2.6)")
     add("--pool", type=int, default=50, help="generated pictures kept for D (Sec. 3.2.4)")
-    add("--fid-weights", default=None, metavar="FILE", help="Inception weights for --evaluate")
+    add("--fid-weights", metavar="FILE", help="Inception weights for --evaluate")
 
     def presets(args):
         identity = {"lambda_identity": 5.0} if Path(args.data).name in PAINTINGS else {}
         sizes = {"blocks": 6 if args.size <= 128 else 9, "load": round(args.size * 286 / 256)}
         return sizes | identity | (TOY if args.data == "toy" else {})
 
-    args = common.parse_flags(p, argv, "cyclegan", presets, run_name)
+    args = common.parse_flags(p, argv, "cyclegan", presets, run_name, channels_last=False)
     if args.size < 32 or args.size % 4:
         raise UserError(f"--size {args.size}: must be at least 32 and a multiple of 4")
     if args.pool < 0:
@@ -116,8 +108,7 @@ def get_args(argv=None):
 
 
 def run_name(args):
-    ablation = "" if args.ablation == "none" else f"-{args.ablation}"
-    return f"cyclegan-{Path(args.data).name}{ablation}"
+    return f"cyclegan-{Path(args.data).name}"
 
 
 # =============================================================================================
@@ -180,71 +171,58 @@ class ResnetGenerator(nn.Module):
 def build(args, device):
     """G, F, D_X, D_Y, one Adam for both generators, one for both Ds, and the two buffers."""
     torch.manual_seed(args.seed)
-    nets = {"G": ResnetGenerator(args.ngf, args.blocks, args.antialias_G),
-            "F": ResnetGenerator(args.ngf, args.blocks, args.antialias_G),
-            "D_X": PatchGAN(3, args.ndf, antialias=args.antialias_D),
-            "D_Y": PatchGAN(3, args.ndf, antialias=args.antialias_D)}
-    for net in nets.values():
+    nets = SimpleNamespace(
+        G=ResnetGenerator(args.ngf, args.blocks, args.antialias_G),
+        F=ResnetGenerator(args.ngf, args.blocks, args.antialias_G),
+        D_X=PatchGAN(3, args.ndf, antialias=args.antialias_D),
+        D_Y=PatchGAN(3, args.ndf, antialias=args.antialias_D))
+    for net in (nets.G, nets.F, nets.D_X, nets.D_Y):
         common.init_weights(net, "normal", 0.02)
         net.to(device, memory_format=torch.channels_last if args.channels_last
                else torch.contiguous_format)
+        if args.compile:
+            net.compile()
     adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999),
                              fused=device.type in ("cuda", "cpu"))
-    m = SimpleNamespace(**nets)
-    m.opt_G = adam([*m.G.parameters(), *m.F.parameters()])
-    m.opt_D = adam([*m.D_X.parameters(), *m.D_Y.parameters()])
-    m.pool_X, m.pool_Y = HistoryBuffer(args.pool, device), HistoryBuffer(args.pool, device)
-    if args.compile:
-        for net in nets.values():
-            net.forward = torch.compile(net.forward)
-    return m
+    nets.opt_G = adam([*nets.G.parameters(), *nets.F.parameters()])
+    nets.opt_D = adam([*nets.D_X.parameters(), *nets.D_Y.parameters()])
+    nets.pool_X, nets.pool_Y = HistoryBuffer(args.pool, device), HistoryBuffer(args.pool, device)
+    return nets
 
 
 # =============================================================================================
 # 3. Losses
 # =============================================================================================
 
+CHANCE = {name: 0.25 for name in ("L_GAN_G", "L_GAN_F", "L_D_X", "L_D_Y")}  # D = 1/2 everywhere
+
+
+def lsgan(logits, target):
+    """Sec. 3.2.4: E (D(.) - target)^2 in place of a log of Eq. (3.1); logits (B, 1, H', W').
+
+    D pulls real pictures towards 1 and translated ones towards 0, G pulls its own towards 1: who
+    is sure and right (D(y) = 1) gets no gradient, a sigmoid's log would give none to who is wrong.
+    The mean runs over all overlapping patches (30 x 30 for 256 pixels), each of which D judges by
+    its 70 x 70 pixels alone: D asks for the texture of a zebra, the cycle for the whole picture.
+    """
+    return (full(logits) - target).square().mean()                    # Eq. (3.1), one expectation
+
 
 def cycle_loss(x, x_cyc):
-    """One term of Eq. (3.2), |F(G(x)) - x|_1 as a mean over pixels; both (B, 3, H, W)."""
-    return (common.full(x_cyc) - x).abs().mean()                      # Eq. (3.2)
+    """One expectation of Eq. (3.2), |F(G(x)) - x|_1 as a mean over pixels; both (B, 3, H, W)."""
+    return (full(x_cyc) - x).abs().mean()
 
 
 def identity_loss(y, G_y):
-    """One term of L_identity (Sec. 3.2.6), |G(y) - y|_1: what is a y already shall stay."""
-    return (common.full(G_y) - y).abs().mean()
-
-
-def half_objective(x, y, G, F, D_Y, lambda_GAN, lambda_cyc, lambda_identity):
-    """The terms of Eq. (3.3) that G's translation of x enters, as G and F minimise them.
-
-    Called once as it stands, and once with the roles of the domains swapped: (y, x, F, G, D_X).
-    A term of weight 0 is not computed. Returns ((GAN, cyc, identity), their weighted sum, y_hat).
-    """
-    y_hat = G(x)
-    GAN = common.lsgan(D_Y(y_hat), True) if lambda_GAN else None      # Eq. (3.1), G's side
-    cyc = cycle_loss(x, F(y_hat)) if lambda_cyc else None             # Eq. (3.2), x -> y_hat -> x
-    identity = identity_loss(y, G(y)) if lambda_identity else None    # Sec. 3.2.6
-    weights = (lambda_GAN, lambda_cyc, lambda_identity)
-    terms = (GAN, cyc, identity)
-    L = sum(w * term for w, term in zip(weights, terms, strict=True) if w)  # Eq. (3.3), one half
-    return terms, L, y_hat.detach()
-
-
-def discriminator_loss(D_Y, y, y_hat):
-    """What D_Y minimises (Sec. 3.2.4): real y towards 1, y_hat (no gradient) towards 0.
-
-    CHOICE (code): halved, so that D learns at half the pace of G.
-    """
-    # No layer of D mixes pictures, so real and fake can share one pass.
-    logits_fake, logits_real = D_Y(torch.cat([y_hat.detach(), y])).split([len(y_hat), len(y)])
-    return 0.5 * (common.lsgan(logits_fake, False) + common.lsgan(logits_real, True))  # Eq. (3.1)
+    """One expectation of L_identity (Sec. 3.2.6), |G(y) - y|_1: what is a y already shall stay."""
+    return (full(G_y) - y).abs().mean()
 
 
 class HistoryBuffer:
     """The last `size` generated pictures, so that D does not forget old tricks (Sec. 3.2.4).
 
-    Kept in last.pt: a resumed run needs the same pictures. Each process has its own.
+    Kept in last.pt: a resumed run needs the same pictures. Under torchrun each process has its own,
+    and only the first one's is kept.
     """
 
     def __init__(self, size, device):
@@ -258,7 +236,7 @@ class HistoryBuffer:
         the other half are returned as they are, and not kept.
         """
         shown = []
-        for fake in common.full(fakes.detach()):
+        for fake in full(fakes.detach()):
             if len(self.pictures) < self.size:
                 self.pictures.append(fake.clone())
             elif self.size and torch.rand((), generator=rng) < 0.5:
@@ -289,13 +267,13 @@ class Unpaired(torch.utils.data.Dataset):  # same as cut.py: Unpaired
 
     def __init__(self, root, args, samples=None):
         sides = "AB" if args.direction == "AtoB" else "BA"
-        self.X, self.Y = (common.find_split(root, "train", side, LAYOUT) for side in sides)
+        self.X, self.Y = (common.find_split(root, "train", side) for side in sides)
         self.args, self.samples = args, samples
 
     def __getitem__(self, n):
         rng = random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.X))
-        x = self.X[shuffled(len(self.X), common.mix(self.args.seed, "epoch", epoch))[i]]
+        x = self.X[common.shuffled(len(self.X), common.mix(self.args.seed, "epoch", epoch))[i]]
         y = rng.choice(self.Y)
         late = self.samples is not None and n >= self.args.decay_from * self.samples
         return self.load(x, rng, late), self.load(y, rng, late)
@@ -303,9 +281,9 @@ class Unpaired(torch.utils.data.Dataset):  # same as cut.py: Unpaired
     def load(self, path, rng, late):
         size, side = self.args.size, self.args.size if late else max(self.args.load, self.args.size)
         im = common.open_rgb(path)
-        w, h = im.size
-        short = side / min(w, h) if self.args.keep_aspect else None  # CHOICE (code): not kept
-        w, h = (round(w * short), round(h * short)) if short else (side, side)
+        w, h = side, side                      # CHOICE (code): squeezed to a square
+        if self.args.keep_aspect:
+            w, h = (round(n * side / min(im.size)) for n in im.size)
         left, top = rng.randint(0, w - size), rng.randint(0, h - size)
         im = im.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
         return common.to_tensor(im if rng.random() < 0.5 else im.transpose(Image.FLIP_LEFT_RIGHT))
@@ -314,17 +292,10 @@ class Unpaired(torch.utils.data.Dataset):  # same as cut.py: Unpaired
         return max(len(self.X), len(self.Y))
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cut.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
-
-
-def random_batch(args, device):  # same as cut.py: random_batch
-    """(x, y) of noise, shaped and laid out as in training; for bench.py."""
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    shape = (args.batch, 3, args.size, args.size)
-    return [torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout) for _ in "xy"]
+def data_folder(args):
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("horse2zebra", args.size)
+    return common.find_data(args.data, common.UNPAIRED, KNOWN, draw_toy)
 
 
 # =============================================================================================
@@ -332,50 +303,49 @@ def random_batch(args, device):  # same as cut.py: random_batch
 # =============================================================================================
 
 
-def train_step(m, x, y, args, rng, average=lambda *nets: None):
-    """One update of G and F, then one of D_X and D_Y, on x, y (B, 3, H, W): Eq. (3.4).
+def train_step(nets, x, y, args, rng):
+    """One update of G and F, then one of D_X and D_Y, on x, y (B, 3, H, W); losses by name.
 
-    Returns losses by name. rng: CPU generator for the buffers. average: gradients over processes.
+    rng: CPU generator for the buffers. CHOICE (code): G and F first, so that the Ds learn from the
+    very y_hat and x_hat of this pass; new ones from the updated G would cost another pass.
     """
-    G, F, D_X, D_Y, left = m.G, m.F, m.D_X, m.D_Y, ABLATIONS[args.ablation]
+    G, F, D_X, D_Y = nets.G, nets.F, nets.D_X, nets.D_Y
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
-    use_GAN = float("GAN" in left)
-    forward = args.lambda_cyc if "forward" in left else 0.0
-    backward = args.lambda_cyc if "backward" in left else 0.0
 
-    # ---- G and F: fool both D, and undo each other --------------------------------------------
+    # ---- arg min over G and F: fool both Ds, and undo each other ------------------------------
     for D in (D_X, D_Y):
-        D.requires_grad_(False)              # they judge here, and learn below
-    m.opt_G.zero_grad(set_to_none=True)
-    # WHY two backward passes: the halves of Eq. (3.3) share weights but no activations, so the
-    # first half's can be freed before the second half's are made. The gradients add up in G and F.
+        D.requires_grad_(False)                       # they judge here, and learn below
     with autocast():
-        terms_x, L, y_hat = half_objective(x, y, G, F, D_Y, use_GAN, forward,
-                                           args.lambda_identity)
+        y_hat = G(x)                                                  # (B, 3, H, W)
+        x_hat = F(y)                                                  # (B, 3, H, W)
+        x_cyc = F(y_hat)                                              # (B, 3, H, W), should be x
+        y_cyc = G(x_hat)                                              # (B, 3, H, W), should be y
+        L_GAN_G = lsgan(D_Y(y_hat), 1.0)                              # Eq. (3.1), what G minimises
+        L_GAN_F = lsgan(D_X(x_hat), 1.0)                              # Eq. (3.1), what F minimises
+    L_cyc = cycle_loss(x, x_cyc) + cycle_loss(y, y_cyc)               # Eq. (3.2)
+    L = L_GAN_G + L_GAN_F + args.lambda_cyc * L_cyc                   # Eq. (3.3)
+    losses = {"L_GAN_G": L_GAN_G, "L_GAN_F": L_GAN_F, "L_cyc": L_cyc}
+    if args.lambda_identity > 0:
+        with autocast():
+            L_identity = identity_loss(y, G(y)) + identity_loss(x, F(x))  # Sec. 3.2.6
+        L = L + args.lambda_identity * L_identity
+        losses["L_identity"] = L_identity
+    nets.opt_G.zero_grad()
     L.backward()
-    with autocast():
-        terms_y, L, x_hat = half_objective(y, x, F, G, D_X, use_GAN, backward,
-                                           args.lambda_identity)
-    L.backward()
-    average(G, F)
-    m.opt_G.step()
-    names = ("GAN_G", "cyc_x", "identity_y", "GAN_F", "cyc_y", "identity_x")
-    losses = {name: loss for name, loss in zip(names, (*terms_x, *terms_y), strict=True)
-              if loss is not None}
+    nets.opt_G.step()                                                 # Eq. (3.4), arg min
 
-    # ---- D_X and D_Y: tell real pictures from those of this and of earlier generators ---------
+    # ---- arg max over D_X and D_Y: tell real pictures from translated ones, new and old -------
     for D in (D_X, D_Y):
         D.requires_grad_(True)
-    if use_GAN:
-        m.opt_D.zero_grad(set_to_none=True)
-        for name, D, real, fake, pool in (("D_Y", D_Y, y, y_hat, m.pool_Y),
-                                          ("D_X", D_X, x, x_hat, m.pool_X)):
-            with autocast():
-                losses[name] = discriminator_loss(D, real, pool.exchange(fake, rng))
-            losses[name].backward()
-        average(D_X, D_Y)
-        m.opt_D.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    with autocast():
+        # CHOICE: halved, in the text's words to slow D down; under Adam, which does not see the
+        # scale of a loss, it changes the logged number alone.
+        L_D_Y = (lsgan(D_Y(y), 1.0) + lsgan(D_Y(nets.pool_Y.exchange(y_hat, rng)), 0.0)) / 2
+        L_D_X = (lsgan(D_X(x), 1.0) + lsgan(D_X(nets.pool_X.exchange(x_hat, rng)), 0.0)) / 2
+    nets.opt_D.zero_grad()
+    (L_D_Y + L_D_X).backward()
+    nets.opt_D.step()                                                 # Eq. (3.4), arg max
+    return losses | {"L_D_Y": L_D_Y, "L_D_X": L_D_X}
 
 
 # =============================================================================================
@@ -383,57 +353,27 @@ def train_step(m, x, y, args, rng, average=lambda *nets: None):
 # =============================================================================================
 
 
-def rate(step, total, decay_from):  # same as cut.py: rate
-    """Learning-rate factor: 1, then linearly towards 0 over the rest of the run (Sec. 3.2.4)."""
-    constant = int(decay_from * total)
-    return 1.0 if step < constant else (total - step) / (total - constant + 1)
-
-
-def data_folder(args):
-    return common.find_data(args.data, LAYOUT, lambda: toy.ensure("horse2zebra", args.size))
-
-
 def train(args):
-    """Train and score; returns (the scores, the last grid's columns)."""
-    run = Run("cyclegan", args)
+    run = Run("cyclegan", args, CHANCE)
     root = data_folder(args)
     data = Unpaired(root, args)
     group = args.batch * run.world
     total = args.steps or args.epochs * max(1, len(data) // group)
     data.samples = total * group
-    show = test_pictures(root, args, run.device, limit=6)
-    m = build(args, run.device)
-    run.resume_or_start(vars(m))
+    show = common.test_pictures(root, args, run.device, limit=6)
+    nets = build(args, run.device)
+    run.resume_or_start(vars(nets))
     if args.data == "toy":
         preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
         print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x, y) in run.steps(data, total):
         if step % args.sample_every == 0:
-            run.save_samples(sample_columns(m, show, args))
-        for optimiser in (m.opt_G, m.opt_D):
-            optimiser.param_groups[0]["lr"] = args.lr * rate(step, total, args.decay_from)
-        run.log(train_step(m, x, y, args, run.rng(), run.average_gradients))
-    columns = sample_columns(m, show, args)
-    run.save_samples(columns)
-    scores = truth_scores(m, root, args, run.device) if args.data == "toy" else []
-    run.finish(scores)
-    return scores, columns
-
-
-def train_ablations(args):
-    """Tab. 3.4, Tab. 3.5 and Fig. 3.7: every variant for the same steps; a table and a strip."""
-    folder, rows, strips = Path(args.run_folder), {}, {}
-    for name in ABLATIONS:
-        label = {"none": "CycleGAN", "cycle": "cycle alone", "gan": "GAN alone"}.get(
-            name, name.replace("gan+", "GAN + "))
-        print(f"---- {label} ----", flush=True)
-        rows[label], columns = train(common.variant(args, name, {}))
-        for x, y_hat in (("x", "G(x)"), ("y", "F(y)")):
-            strips.setdefault(x, {x: columns[x]})[label] = columns[y_hat]
-    for x, strip in strips.items():
-        common.save_grid(folder / f"ablation_{x}.png", strip)
-    print(f"\nwrote {folder}/ablation_x.png and ablation_y.png")
-    common.save_ablation(folder, rows)
+            run.save_samples(sample_columns(nets, show, args))
+        for optimiser in (nets.opt_G, nets.opt_D):                    # Sec. 3.2.4
+            optimiser.param_groups[0]["lr"] = args.lr * common.rate(step, total, args.decay_from)
+        run.log(train_step(nets, x, y, args, run.rng()))
+    run.save_samples(sample_columns(nets, show, args))
+    run.finish(truth_scores(nets, root, args, run.device) if args.data == "toy" else [])
 
 
 # =============================================================================================
@@ -443,53 +383,35 @@ def train_ablations(args):
 
 @torch.no_grad()
 def translate(G, x, args):
-    """G(x) for x (B, 3, H, W) of any size, in [-1, 1]: padded to G's multiple, cropped back."""
+    """G(x) for x (N, 3, H, W) of any size, in [-1, 1], one picture at a time: padded to G's
+    multiple, cropped back."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        return common.same_size(G, x, G.multiple).float().clamp(-1, 1)
+        return torch.cat([common.same_size(G, one, G.multiple).float().clamp(-1, 1)
+                          for one in x.split(1)])
 
 
-def translate_all(G, pictures, args):
-    """`translate` of (N, 3, H, W), one picture at a time: a large test set fits anywhere."""
-    return torch.cat([translate(G, picture[None], args) for picture in pictures])
-
-
-def test_pictures(root, args, device, limit=None, square=False):  # same as cut.py: test_pictures
-    """{'x': (N, 3, H, W), 'y': ...} of the test split (of the training split if there is none).
-
-    limit: that many, evenly spaced. square: resized to --size x --size, for the paper's
-    evaluation; otherwise to the first picture's size, because a grid has one size.
-    """
-    split = "test" if any((Path(root) / d).is_dir() for d in ("testA", "test/A")) else "train"
-    found = {}
-    for name, side in zip("xy", "AB" if args.direction == "AtoB" else "BA", strict=True):
-        files = common.find_split(root, split, side, LAYOUT)
-        every = max(1, len(files) // limit) if limit else 1  # neighbours are often video frames
-        pictures = [common.open_rgb(f) for f in files[::every][:limit]]
-        size = (args.size, args.size) if square else pictures[0].size
-        found[name] = torch.stack([common.to_tensor(p.resize(size, Image.BICUBIC))
-                                   for p in pictures]).to(device)
-    return found
-
-
-def sample_columns(m, show, args):
+def sample_columns(nets, show, args):
     """Columns of a sample grid, as in Fig. 3.3: x, G(x), F(G(x)) and y, F(y), G(F(y))."""
     rows = min(len(show["x"]), len(show["y"]))
     x, y = show["x"][:rows], show["y"][:rows]
-    y_hat, x_hat = translate_all(m.G, x, args), translate_all(m.F, y, args)
-    return {"x": x, "G(x)": y_hat, "F(G(x))": translate_all(m.F, y_hat, args),
-            "y": y, "F(y)": x_hat, "G(F(y))": translate_all(m.G, x_hat, args)}
+    y_hat, x_hat = translate(nets.G, x, args), translate(nets.F, y, args)
+    return {"x": x, "G(x)": y_hat, "F(G(x))": translate(nets.F, y_hat, args),
+            "y": y, "F(y)": x_hat, "G(F(y))": translate(nets.G, x_hat, args)}
 
 
-def truth_scores(m, root, args, device):
-    """Scores of both directions against the toy world's true answers, and of both cycles."""
-    test, scores = test_pictures(root, args, device), []
-    for x, y, G, F, ways in (("x", "y", m.G, m.F, ("x to y", "F(G(x))")),
-                             ("y", "x", m.F, m.G, ("y to x", "G(F(y))"))):
-        y_hat = translate_all(G, test[x], args)
-        for score in toy.coat_scores(test[x].cpu(), y_hat.cpu(), test[y].cpu()):
-            scores.append(score | {"name": f"{ways[0]}: {score['name']}"})
-        error = (translate_all(F, y_hat, args) - test[x]).abs().mean() * 127.5
-        scores.append({"name": f"{ways[1]} error", "value": float(error), "better": "lower"})
+def truth_scores(nets, root, args, device):
+    """Scores of G (and of F, but for stripes: a plain coat has none) against the true answers of
+    the toy world, and what is lost on the way round."""
+    toy, test = common.lab("toy", "--data toy"), common.test_pictures(root, args, device)
+    x, y = test["x"], test["y"]
+    y_hat, x_hat = translate(nets.G, x, args), translate(nets.F, y, args)
+    scores = toy.coat_scores(x.cpu(), y_hat.cpu(), y.cpu())
+    scores += [score | {"name": f"F(y): {score['name']}"}
+               for score in toy.coat_scores(y.cpu(), x_hat.cpu(), x.cpu())[1:]]
+    for name, start, back in (("F(G(x))", x, translate(nets.F, y_hat, args)),
+                              ("G(F(y))", y, translate(nets.G, x_hat, args))):
+        error = (back - start).abs().mean() * 127.5
+        scores.append({"name": f"{name} error", "value": float(error), "better": "lower"})
     return scores
 
 
@@ -499,33 +421,12 @@ def load_generator(args, device):
         raise UserError("--weights FILE is needed: a last.pt of this script or the authors' file")
     state = common.load_file(args.weights)
     if isinstance(state, dict) and "method" in state:
-        net = "G" if args.direction == state["config"]["direction"] else "F"
-        m = build(args, torch.device("cpu"))
-        common.load_parts({net: getattr(m, net)}, state["parts"], args.weights)
-        return getattr(m, net).to(device).eval()
-    return released_generator(state, args.weights).to(device).eval()
-
-
-def released_generator(state, path):
-    """The authors' latest_net_G_A.pth (or horse2zebra.pth, ...) -> ResnetGenerator.
-
-    One file holds one direction. Their layers come in the order of ours, so tensors are matched
-    by position, without what older files keep beside the weights: blur kernels, statistics of
-    instance normalisation. Widths are read from the shapes.
-    """
-    try:
-        extra = ("filt", "running_mean", "running_var", "num_batches_tracked")
-        tensors = [v for k, v in state.items() if not k.endswith(extra)]
-        blocks = sum(k.endswith("conv_block.1.weight") for k in state)
-        G = ResnetGenerator(len(state["model.1.weight"]), blocks, "model.7.filt" in state)
-        for p, t in zip(list(G.parameters()), tensors, strict=True):
-            if p.shape != t.shape:
-                raise ValueError("another layer")
-            p.data.copy_(t)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: neither a checkpoint of cyclegan.py nor a generator released by "
-                        "the authors (latest_net_G_A.pth)") from None
-    return G
+        name = "G" if args.direction == state["config"]["direction"] else "F"
+        net = getattr(build(args, torch.device("cpu")), name)
+        common.load_parts({name: net}, state["parts"], args.weights)
+    else:
+        net = common.lab("released", "a file of the authors'").cyclegan(state, args.weights)
+    return net.to(device).eval()
 
 
 def translate_files(args):
@@ -537,23 +438,22 @@ def translate_files(args):
 
 
 def evaluate(args):
-    """FID of the translated test pictures at --size x --size; on toy data the truth scores."""
+    """FID of the translated test pictures at --size x --size; on toy data the true scores."""
     device = common.pick_device(args.device)
-    G = load_generator(args, device)
-    root = data_folder(args)
+    G, root = load_generator(args, device), data_folder(args)
     scores = []
     if args.data == "toy":
-        test = test_pictures(root, args, device)
-        y_hat = translate_all(G, test["x"], args)
-        scores = toy.coat_scores(test["x"].cpu(), y_hat.cpu(), test["y"].cpu())
+        test = common.test_pictures(root, args, device)
+        y_hat = translate(G, test["x"], args)
+        scores = common.lab("toy", "--data toy").coat_scores(test["x"].cpu(), y_hat.cpu(),
+                                                             test["y"].cpu())
     if args.data != "toy" or args.fid_weights:
-        test = test_pictures(root, args, "cpu", square=True)
-        if min(map(len, test.values())) < 2:
-            raise UserError(f"--evaluate: FID needs two or more pictures per domain in {root}")
-        y_hat = (translate(G, p[None].to(device), args).cpu() for p in test["x"])
-        value = common.fid(y_hat, test["y"].split(1), device, args.fid_weights)
-        scores.append({"name": f"FID ({len(test['x'])} translated, {len(test['y'])} real, "
-                               "299x299)", "value": value, "better": "lower"})
+        metrics = common.lab("metrics", "--evaluate")
+        test = common.test_pictures(root, args, device, square=True)
+        y_hat = translate(G, test["x"], args)
+        value = metrics.fid(y_hat.split(1), test["y"].split(1), device, args.fid_weights)
+        scores.append({"name": f"FID ({len(test['x'])} translated, {len(test['y'])} real)",
+                       "value": value, "better": "lower"})
     common.print_scores(scores)
 
 
@@ -568,8 +468,6 @@ def main(argv=None):
         translate_files(args)
     elif args.evaluate:
         evaluate(args)
-    elif args.ablation == "all":
-        train_ablations(args)
     else:
         train(args)
 
