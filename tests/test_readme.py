@@ -2,20 +2,21 @@
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
-import bench
 import common
+from lab import figures, tables, toy, variants
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SCRIPTS = [p.stem for p in sorted(ROOT.glob("*.py")) if p.stem not in ("bench", "common", "toy")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {f.name: f.read_text(encoding="utf-8") for f in [ROOT / "README.md",
+                                                       *(ROOT / "docs").glob("*.md")]}
+SCRIPTS = [p.stem for p in sorted(ROOT.glob("*.py")) if p.stem != "common"]
 SECTIONS = ["1. Configuration", "2. Networks", "3. Losses", "4. Data", "5. One training step",
             "6. Training loop", "7. Translate", "8. Main"]
 
@@ -32,7 +33,7 @@ def parser_of(script, monkeypatch):
     """The script's ArgumentParser, caught on its way to `parse_flags`."""
     caught = {}
 
-    def catch(p, *_):
+    def catch(p, *_, **__):
         caught["parser"] = p
         raise StopIteration
 
@@ -45,7 +46,7 @@ def parser_of(script, monkeypatch):
 def commands(text):
     """(script, flags) of every `python script.py ...` or torchrun command in a text."""
     found = []
-    for line in text.splitlines():
+    for line in re.sub(r"\\\n *", " ", text).splitlines():
         line = line.split("#")[0]
         for match in re.finditer(r"(?:python|torchrun(?: --\S+)*) (\w+)\.py([^`|&)]*)", line):
             found.append((match[1], shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", match[2]))))
@@ -60,22 +61,48 @@ def test_table_says_which_scripts_exist():
 
 
 def test_readme_is_short_and_its_links_and_pictures_are_there():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 160
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
-    pictures = [p for p in ROOT.rglob("*") if p.suffix in (".png", ".jpg", ".webp")
-                and not {"runs", "datasets", "translated"} & set(p.relative_to(ROOT).parts)]
-    assert 0 < sum(p.stat().st_size for p in pictures) < 300_000
+    pictures = [f for f in (ROOT / "docs").rglob("*") if f.suffix in (".png", ".jpg", ".webp")]
+    assert 0 < sum(f.stat().st_size for f in pictures) < 400_000
+    assert all(f"docs/pictures/{f.name}" in README for f in pictures)
+
+
+def test_budgets():
+    """The laboratory stays small beside the methods, and a test is no longer than what it tests."""
+    lines = {f.relative_to(ROOT).as_posix(): len(f.read_text(encoding="utf-8").splitlines())
+             for pattern in ("*.py", "lab/*.py", "tests/*.py") for f in ROOT.glob(pattern)}
+    assert lines["common.py"] <= 600
+    assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2500
+    for name in ("cut", "cyclegan", "sincut"):
+        assert lines[f"tests/test_{name}.py"] <= lines[f"{name}.py"] * 1.1, name
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_every_command_of_the_laboratory_exists(doc):
+    for module, rest in re.findall(r"python -m (lab[\w.]*)([^`|)\n]*)", DOCS[doc]):
+        names = shlex.split(rest.split("#")[0])
+        assert importlib.util.find_spec(module), f"{doc}: {module}"
+        if module == "lab.tables" and names and not names[0].startswith("-"):
+            assert names[0] in tables.TABLES
+        if module == "lab.figures" and len(names) > 1:
+            assert tuple(names[:2]) in figures.FIGURES
+        if module == "lab.toy" and names:
+            assert names[0] in toy.DATASETS
+        if module == "lab.variants" and names[0] in ("show", "run"):
+            assert names[2] in [patch.name for patch in variants.load(names[1])]
 
 
 def test_ci_runs_the_readmes_commands():
     ci = (ROOT / ".ci/run").read_text()
     assert "pip install -r requirements.txt && pytest" in README
-    assert "-r requirements.txt" in ci and "\npytest" in ci and "\nruff check" in ci
+    assert "-r requirements.txt" in ci and "\npytest" in ci and "ruff check" in ci
 
 
 def test_every_command_in_the_readme_parses():
-    ours = [(s, flags) for s, flags in commands(README) if s in SCRIPTS and "--help" not in flags]
+    assert {script for script, _ in commands(README)} <= set(SCRIPTS)
+    ours = [(s, flags) for s, flags in commands(README) if "--help" not in flags]
     assert len(ours) >= 8
     for script, flags in ours:
         flags = [f for f in flags if f != "--resume"]
@@ -120,12 +147,14 @@ def test_flags_have_help_are_used_and_are_known(script, monkeypatch):
 
 
 def test_public_functions_and_classes_of_the_shared_files_have_docstrings():
-    for module in ("common", "toy"):
-        for node in ast.parse(source(module)).body:
+    for path in [ROOT / "common.py", *sorted((ROOT / "lab").rglob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert path.name == "__main__.py" or ast.get_docstring(tree), path
+        for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 described = (ast.get_docstring(node) or "dataclass" in ast.dump(node)
                              or node.name == "main")
-                assert described, f"{module}.{node.name}"
+                assert described, f"{path.name}: {node.name}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -142,15 +171,3 @@ def test_declared_twins_are_the_same_code(script):
 
     for other, name in re.findall(r"# same as (\w+)\.py: (\w+)", source(script)):
         assert tree(source(script), name) == tree(source(other), name), f"{name} of {other}.py"
-
-
-def test_bench_measures_the_training_step():
-    assert set(bench.ROWS) == set(SCRIPTS)
-    flags = ["--data", ".", "--size", "32", "--ngf", "4", "--ndf", "4", "--blocks", "4",
-             "--device", "cpu"]
-    row = bench.measure("cut", flags, 1)
-    assert row["s"] > 0 and row["mib"] > 0 and row["ceiling"] > 0 and row["tflop"] > 0
-    module = importlib.import_module("cut")
-    m = module.build(module.get_args(flags), torch.device("cpu"))
-    assert row["params"] == {name: sum(p.numel() for p in getattr(m, name).parameters())
-                             for name in "GDH"}
