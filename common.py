@@ -679,7 +679,8 @@ class Run:
             pin_memory=self.device.type == "cuda")
         self.bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step",
                         mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
-        before = [signal.signal(stop, self._interrupt) for stop in STOPS]
+        before = {stop: signal.signal(stop, self._interrupt) for stop in STOPS
+                  if signal.getsignal(stop) != signal.SIG_IGN}  # nohup: a closed terminal is fine
         self.saved = time.perf_counter()
         start = self.saved - self.seconds
         layouts = {4: torch.channels_last} if self.args.channels_last else {}
@@ -705,7 +706,7 @@ class Run:
             raise
         finally:
             self.bar.close()
-            for stop, handler in zip(STOPS, before, strict=True):
+            for stop, handler in before.items():
                 signal.signal(stop, handler)
 
     def _interrupt(self, *_):

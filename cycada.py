@@ -64,12 +64,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import toy
-from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError
+from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError, full, rate, shuffled
 
 LAYOUT = ("source_img/ source_label/ target_img/ and, for the scores, test_img/ test_label/ and, "
           "for the oracle, target_label/; label maps are one-channel pictures named like theirs. "
           "With --source-names and --target-names: {train,val,test}_{img,label}/")
+KNOWN = {}  # GTA5 comes in twenty archives, Cityscapes after registration
 
 # =============================================================================================
 # 1. Configuration
@@ -87,7 +87,8 @@ TOY = {"size": 64, "load": 64, "batch": 2, "steps": 1200, "lr": 5e-4, "ngf": 16,
        "blocks": 4, "antialias_D": True, "task_model": "small", "task_load": 64, "task_size": 64,
        "task_batch": 8, "task_steps": 300, "task_lr": 0.1, "task_momentum": 0.9,
        "task_decay_from": 0.3, "task_weights": "random", "feature_lr": 1e-2, "feature_steps": 200,
-       "feature_width": 64, "workers": 0, "sample_every": 300, "class_names": list(toy.CLASSES)}
+       "feature_width": 64, "workers": 0, "sample_every": 300,
+       "class_names": ["sky", "hill", "ground", "trunk", "leaves", "grass", "animal"]}
 
 
 def get_args(argv=None):
@@ -168,6 +169,8 @@ def get_args(argv=None):
         args.stages = [*args.stages, "feature"]
     if args.label_ids and not 0 <= min(args.label_ids) <= max(args.label_ids) < 2**16:
         raise UserError(f"--label-ids {args.label_ids}: ids are from 0 to 65535")
+    if args.source_names and args.split != "test":
+        raise UserError(f"--split {args.split}: with --source-names those pictures are trained on")
     if (args.source_names is None) != (args.target_names is None):
         raise UserError("--source-names and --target-names belong together")
     return args
@@ -316,62 +319,6 @@ def cropped(x, like, offset):
     return x[:, :, offset:offset + h, offset:offset + w]
 
 
-class DRNBlock(nn.Module):
-    """Two dilated 3x3 convolutions with batch norm; `residual`: their input is added."""
-
-    def __init__(self, a, b, stride=1, dilation=1, residual=True):
-        super().__init__()
-        self.conv1 = nn.Conv2d(a, b, 3, stride, dilation, dilation, bias=False)
-        self.bn1 = nn.BatchNorm2d(b)
-        self.conv2 = nn.Conv2d(b, b, 3, 1, dilation, dilation, bias=False)
-        self.bn2 = nn.BatchNorm2d(b)
-        self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)
-                                      ) if residual and (a != b or stride > 1) else nn.Identity()
-        self.residual = residual
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        return F.relu(y + self.shortcut(x) if self.residual else y, inplace=True)
-
-
-class DRN26(nn.Module):
-    """Tab. 3.8 B: dilated residual network (Yu et al. 2017), 20.62 M parameters.
-
-    x (B, 3, H, W) in [-1, 1] -> scores (B, classes, H, W). Dilation instead of stride keeps 1/8 of
-    the resolution; the last two blocks undo the grid pattern that dilation leaves.
-    """
-
-    def __init__(self, classes):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 7, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(
-            DRNBlock(16, 16), DRNBlock(16, 32, stride=2),                       # 1/2
-            DRNBlock(32, 64, stride=2), DRNBlock(64, 64),                       # 1/4
-            DRNBlock(64, 128, stride=2), DRNBlock(128, 128),                    # 1/8
-            DRNBlock(128, 256, dilation=2), DRNBlock(256, 256, dilation=2),
-            DRNBlock(256, 512, dilation=4), DRNBlock(512, 512, dilation=4),
-            DRNBlock(512, 512, dilation=2, residual=False),
-            DRNBlock(512, 512, residual=False))                                 # (B, 512, H/8, W/8)
-        self.score = nn.Conv2d(512, classes, 1)
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.score.bias)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(imagenet_normalised(x))), inplace=True)
-        return F.interpolate(self.score(self.blocks(y)), size=x.shape[2:], mode="bilinear",
-                             align_corners=True)
-
-    def load_imagenet(self, state):
-        """Fill all but the scores from its authors' drn_c_26 file: its layers have our order."""
-        ours = [v for k, v in self.state_dict().items() if not k.endswith("tracked")][:-2]
-        theirs = [v for k, v in state.items() if not k.startswith("fc.") and "tracked" not in k]
-        for mine, v in zip(ours, theirs, strict=True):
-            mine.copy_(v.reshape(mine.shape))
-
-
 class SmallFCN(nn.Module):
     """For toy data: four scales, whose scores are added up; 165 k parameters with 7 classes."""
 
@@ -395,7 +342,12 @@ class SmallFCN(nn.Module):
         return total                                                    # (B, classes, H, W)
 
 
-TASK_MODELS = {"fcn8s": FCN8s, "drn26": DRN26, "small": SmallFCN}
+def drn26(classes):
+    """Tab. 3.8 B: dilated residual network (Yu et al. 2017), 20.62 M parameters."""
+    return common.lab("segmenters", "--task-model drn26").DRN26(classes)
+
+
+TASK_MODELS = {"fcn8s": FCN8s, "drn26": drn26, "small": SmallFCN}
 
 
 def task_model(args, device, weights="random"):
@@ -495,7 +447,7 @@ def build(args, device, f_S=None):
 
 def task_loss(scores, labels):
     """Eq. (3.10): mean cross-entropy of scores (B, N, H, W) and labels (B, H, W), 255 left out."""
-    total = F.cross_entropy(common.full(scores), labels, ignore_index=255, reduction="sum")
+    total = F.cross_entropy(full(scores), labels, ignore_index=255, reduction="sum")
     return total / (labels != 255).sum().clamp(min=1)  # WHY clamp: a crop may have no label at all
 
 
@@ -505,9 +457,14 @@ def hard_labels(f, x):
     return f(x).argmax(1)
 
 
+def lsgan(logits, target):  # same as cyclegan.py: lsgan
+    """In place of a log of Eq. (3.11): E (D(.) - target)^2; real is 1, translated 0."""
+    return (full(logits) - target).square().mean()
+
+
 def cycle_loss(x, x_cyc):  # same as cyclegan.py: cycle_loss
     """One term of Eq. (3.12), |G_TS(G_ST(x)) - x|_1 as a mean over pixels; both (B, 3, H, W)."""
-    return (common.full(x_cyc) - x).abs().mean()
+    return (full(x_cyc) - x).abs().mean()
 
 
 def translation_loss(x, G, F, D, args, judge=None, labels=None):
@@ -517,21 +474,21 @@ def translation_loss(x, G, F, D, args, judge=None, labels=None):
     in use. Returns ([GAN, cyc, sem], their weighted sum, the translation without graph).
     """
     x_hat = G(x)
-    GAN = common.lsgan(D(x_hat), True)                                # Eq. (3.11), G's side
+    GAN = lsgan(D(x_hat), 1.0)                                        # Eq. (3.11), G's side
     cyc = cycle_loss(x, F(x_hat))                                     # Eq. (3.12)
     sem = task_loss(judge(x_hat), labels) if judge else GAN.new_zeros(())  # Eq. (3.13)
     L = GAN + args.lambda_cyc * cyc + args.lambda_sem * sem           # Eq. (3.14)
     return [GAN, cyc, sem], L, x_hat.detach()
 
 
-def discriminator_loss(D_Y, y, y_hat):  # same as cyclegan.py: discriminator_loss
+def discriminator_loss(D_Y, y, y_hat):
     """What D_Y minimises (Sec. 3.2.4): real y towards 1, y_hat (no gradient) towards 0.
 
     CHOICE (code): halved, so that D learns at half the pace of G.
     """
     # No layer of D mixes pictures, so real and fake can share one pass.
     logits_fake, logits_real = D_Y(torch.cat([y_hat.detach(), y])).split([len(y_hat), len(y)])
-    return 0.5 * (common.lsgan(logits_fake, False) + common.lsgan(logits_real, True))
+    return 0.5 * (lsgan(logits_fake, 0.0) + lsgan(logits_real, 1.0))
 
 
 class HistoryBuffer:  # same as cyclegan.py: HistoryBuffer
@@ -551,7 +508,7 @@ class HistoryBuffer:  # same as cyclegan.py: HistoryBuffer
         the other half are returned as they are, and not kept.
         """
         shown = []
-        for fake in common.full(fakes.detach()):
+        for fake in full(fakes.detach()):
             if len(self.pictures) < self.size:
                 self.pictures.append(fake.clone())
             elif self.size and torch.rand((), generator=rng) < 0.5:
@@ -575,9 +532,10 @@ class HistoryBuffer:  # same as cyclegan.py: HistoryBuffer
 def find_pairs(root, split, args, labels=True):
     """[(picture, label map)] of split 'source', 'target' or 'test', by name; [] if there are none.
 
+    'test' are the pictures that are scored, those of --split.
     labels: without them the label map is None. Raises `UserError` that names what is missing.
     """
-    folders, names = [split], [""]
+    folders, names = [args.split if split == "test" else split], [""]
     if args.source_names:
         folders = {"source": ["train", "val", "test"], "target": ["train", "val"],
                    "test": ["test"]}[split]
@@ -693,14 +651,8 @@ class Adaptation(Labelled):
             picture, None, self.args.task_load / min(picture.size), self.args.task_size, rng)
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cyclegan.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
-
-
 def random_batch(args, device):
-    """(x_s, y_s, x_t) of noise, shaped and laid out as in stage pixel; for bench.py."""
+    """(x_s, y_s, x_t) of noise, shaped and laid out as in stage pixel; to measure a step."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     shape = (args.batch, 3, args.size, args.size)
     x_s, x_t = (torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout) for _ in "st")
@@ -713,22 +665,21 @@ def random_batch(args, device):
 # =============================================================================================
 
 
-def task_step(f, opt, x, labels, args, average=lambda *nets: None):
+def task_step(f, opt, x, labels, args):
     """One update of a task model on x (B, 3, H, W), labels (B, H, W): Eq. (3.14), first term."""
     f.train()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         loss = task_loss(f(x), labels)
     opt.zero_grad(set_to_none=True)
     loss.backward()
-    average(f)
     opt.step()
     return {"task": loss.detach()}
 
 
-def train_step(m, x_s, y_s, x_t, args, rng, average=lambda *nets: None):
+def train_step(m, x_s, y_s, x_t, args, rng):
     """Stage pixel: one update of G_ST and G_TS, then one of D_S and D_T: Eq. (3.15) without f_T.
 
-    Returns losses by name. rng: CPU generator for the buffers. average: gradients over processes.
+    Returns losses by name. rng: CPU generator for the buffers.
     """
     G_ST, G_TS, D_S, D_T = m.G_ST, m.G_TS, m.D_S, m.D_T
     autocast = functools.partial(torch.autocast, x_s.device.type, torch.bfloat16, enabled=args.amp)
@@ -742,7 +693,7 @@ def train_step(m, x_s, y_s, x_t, args, rng, average=lambda *nets: None):
             p_s, p_t = hard_labels(judge, x_s), hard_labels(judge, x_t)
     elif args.semantic == "gated":
         m.judge.requires_grad_(True)
-        losses["judge"] = task_step(m.judge, m.opt_judge, x_s, y_s, args, average)["task"]
+        losses["judge"] = task_step(m.judge, m.opt_judge, x_s, y_s, args)["task"]
         m.judge.requires_grad_(False).eval()
         if losses["judge"] <= 1.0:           # a judge that is still guessing is not asked
             judge, p_s = m.judge, y_s        # CHOICE (code): the true labels of the source
@@ -761,7 +712,6 @@ def train_step(m, x_s, y_s, x_t, args, rng, average=lambda *nets: None):
     with autocast():
         terms_t, L, hat_s = translation_loss(x_t, G_TS, G_ST, D_S, args, judge, p_t)
     L.backward()
-    average(G_ST, G_TS)
     m.opt_G.step()
     names = ("GAN_ST", "cyc_s", "sem_s", "GAN_TS", "cyc_t", "sem_t")
     losses |= {name: loss for name, loss in zip(names, (*terms_s, *terms_t), strict=True)
@@ -776,12 +726,11 @@ def train_step(m, x_s, y_s, x_t, args, rng, average=lambda *nets: None):
         with autocast():
             losses[name] = discriminator_loss(D, real, pool.exchange(fake, rng))  # Eq. (3.11)
         losses[name].backward()
-    average(D_S, D_T)
     m.opt_D.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def feature_step(m, x_s, y_s, x_t, args, average=lambda *nets: None):
+def feature_step(m, x_s, y_s, x_t, args):
     """Feature adaptation (ICML paper): f_T's scores shall not tell the domains apart.
 
     x_s: translated source pictures, y_s their labels, x_t target pictures. One update of D_feat;
@@ -792,7 +741,7 @@ def feature_step(m, x_s, y_s, x_t, args, average=lambda *nets: None):
     autocast = functools.partial(torch.autocast, x_s.device.type, torch.bfloat16, enabled=args.amp)
 
     def domain_loss(scores, domain):
-        logits = common.full(D(scores))
+        logits = full(D(scores))
         labels = torch.full_like(logits[:, 0], domain, dtype=torch.long)
         return F.cross_entropy(logits, labels), (logits.argmax(1) == domain).float().mean()
 
@@ -804,7 +753,6 @@ def feature_step(m, x_s, y_s, x_t, args, average=lambda *nets: None):
     losses = {"D_feat": loss_s + loss_t, "accuracy": (right_s + right_t) / 2}
     m.opt_D.zero_grad(set_to_none=True)
     losses["D_feat"].backward()
-    average(D)
     m.opt_D.step()
     if dist.is_initialized():  # all processes must come to the same decision
         dist.all_reduce(losses["accuracy"])
@@ -818,9 +766,8 @@ def feature_step(m, x_s, y_s, x_t, args, average=lambda *nets: None):
         m.opt_f.zero_grad(set_to_none=True)
         (args.lambda_feature * losses["adversarial"]).backward()
         D.requires_grad_(True)
-        average(f)
         m.opt_f.step()
-        losses |= task_step(f, m.opt_f, x_s, y_s, args, average)
+        losses |= task_step(f, m.opt_f, x_s, y_s, args)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -829,14 +776,11 @@ def feature_step(m, x_s, y_s, x_t, args, average=lambda *nets: None):
 # =============================================================================================
 
 
-def rate(step, total, decay_from):  # same as cyclegan.py: rate
-    """Learning-rate factor: 1, then linearly towards 0 over the rest of the run (Sec. 3.2.4)."""
-    constant = int(decay_from * total)
-    return 1.0 if step < constant else (total - step) / (total - constant + 1)
-
-
 def data_folder(args):
-    return common.find_data(args.data, LAYOUT, lambda: toy.ensure("synthetic2real", args.size))
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("synthetic2real", args.size)
+
+    return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
 
 
 class Finished:
@@ -911,7 +855,7 @@ def load_data(root, args):
 
     The target's label maps are None if there are none; they train the oracle and nothing else.
     """
-    data, splits = {}, {"source": "source", "target": "target", "test": "test"}
+    data, splits = {}, {"source": "source", "target": "target", "test": args.split}
     if args.source_names:
         splits = {"source": "train", "target": "train", "test": "test"}
     for split, folder in splits.items():
@@ -957,7 +901,7 @@ def train_task(name, finished, data, args, device):
         if step % args.sample_every == 0:
             stage.save_samples(show())
         opt.param_groups[0]["lr"] = args.task_lr * rate(step, total, args.task_decay_from)
-        stage.log(task_step(f, opt, x, labels, args, stage.average_gradients))
+        stage.log(task_step(f, opt, x, labels, args))
     stage.save_samples(show())
     finished.add(name, stage.step, **{MAKES[name][0]: f})
     return stage
@@ -976,7 +920,7 @@ def train_pixel(name, finished, data, args, device):
             stage.save_samples(pixel_columns(m, data, args, device))
         for optimiser in (m.opt_G, m.opt_D):
             optimiser.param_groups[0]["lr"] = args.lr * rate(step, total, args.decay_from)
-        stage.log(train_step(m, x_s, y_s, x_t, args, stage.rng(), stage.average_gradients))
+        stage.log(train_step(m, x_s, y_s, x_t, args, stage.rng()))
     stage.save_samples(pixel_columns(m, data, args, device))
     for picture, _ in data["source"][stage.rank::stage.world]:
         x = open_scaled(picture, args.load, device)
@@ -999,7 +943,7 @@ def train_feature(name, finished, data, args, device):
     for step, (x_s, y_s, x_t) in left(stage, samples, args.feature_steps):
         if step % args.sample_every == 0:
             stage.save_samples(show())
-        stage.log(feature_step(m, x_s, y_s, x_t, args, stage.average_gradients))
+        stage.log(feature_step(m, x_s, y_s, x_t, args))
     stage.save_samples(show())
     finished.add(name, stage.step, f_feature=f)
     return stage
@@ -1027,9 +971,11 @@ def translated_pairs(source, finished, args):
 
 @torch.no_grad()
 def translate(G, x, args):  # same as cyclegan.py: translate
-    """G(x) for x (B, 3, H, W) of any size, in [-1, 1]: padded to G's multiple, cropped back."""
+    """G(x) for x (N, 3, H, W) of any size, in [-1, 1], one picture at a time: padded to G's
+    multiple, cropped back."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        return common.same_size(G, x, G.multiple).float().clamp(-1, 1)
+        return torch.cat([common.same_size(G, one, G.multiple).float().clamp(-1, 1)
+                          for one in x.split(1)])
 
 
 @torch.no_grad()
@@ -1044,7 +990,7 @@ def segment(f, x, args, size=None):
         x = F.interpolate(x, size=[round(n * scale) for n in x.shape[2:]], mode="bicubic",
                           antialias=True)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        scores = common.full(f(x))
+        scores = full(f(x))
     return F.interpolate(scores, size=size, mode="bilinear").argmax(1)
 
 
@@ -1061,7 +1007,8 @@ def colours(labels, args):
     palette = [colorsys.hsv_to_rgb((0.58 + 0.618 * k) % 1, 0.75 - 0.3 * (k % 2),
                                    0.95 - 0.25 * (k % 3)) for k in range(N)]
     if args.data == "toy":
-        palette = [[v / 255 for v in colour] for colour in toy.FLAT]
+        flat = common.lab("toy", "--data toy").FLAT
+        palette = [[v / 255 for v in colour] for colour in flat]
     palette = torch.tensor([*palette, (0, 0, 0)], device=labels.device) * 2 - 1
     return palette[labels.clamp(max=N)].permute(0, 3, 1, 2)
 
@@ -1219,8 +1166,8 @@ def evaluate(args):
     nets = {row: finished.network(name, args, device) for row, name in ROWS.items()
             if name in finished.nets}
     if not data["test"] or not nets:
-        raise UserError(f"--evaluate: {'no test_img/ in ' + args.data if nets else 'no task model'}"
-                        f"; expected {LAYOUT}")
+        found = f"no {args.split}_img/ in {args.data}" if nets else "no task model"
+        raise UserError(f"--evaluate: {found}; expected {LAYOUT}")
     text, scores = table(nets, data["test"], args, device)
     print(text)
     common.print_scores(scores)

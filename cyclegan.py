@@ -200,10 +200,10 @@ CHANCE = {name: 0.25 for name in ("L_GAN_G", "L_GAN_F", "L_D_X", "L_D_Y")}  # D 
 def lsgan(logits, target):
     """Sec. 3.2.4: E (D(.) - target)^2 in place of a log of Eq. (3.1); logits (B, 1, H', W').
 
-    D pulls real pictures towards 1 and translated ones towards 0, G pulls its own towards 1: who
-    is sure and right (D(y) = 1) gets no gradient, a sigmoid's log would give none to who is wrong.
-    The mean runs over all overlapping patches (30 x 30 for 256 pixels), each of which D judges by
-    its 70 x 70 pixels alone: D asks for the texture of a zebra, the cycle for the whole picture.
+    D pulls real pictures towards 1 and translated ones towards 0, G pulls its own towards 1. Why
+    not the logs? Where D is sure that y_hat is false, log(1 - sigmoid) is flat, G learns nothing;
+    there the square is steepest. The mean runs over all overlapping patches (30 x 30 for 256
+    pixels), each judged by its 70 x 70 pixels alone: D asks for a zebra's coat, not for a zebra.
     """
     return (full(logits) - target).square().mean()                    # Eq. (3.1), one expectation
 

@@ -53,8 +53,8 @@ USAGE        python egscit.py                                  # toy digits, sco
              python egscit.py --data mnist-single [--small]    # --small: sized for a CPU
              python egscit.py --data streets --task street     # trainA trainB testA testB
              python egscit.py --translate x.jpg --exemplar y.jpg --direction AtoB --weights last.pt
-             python egscit.py --ablation all                   # Tab. 2
-             python egscit.py --figure masks --weights last.pt # or embedding: Fig. 5
+             python egscit.py --ablation mask                  # a row of Tab. 2
+             python -m lab.figures egscit masks --weights last.pt   # or embedding: Fig. 5
 EXPECT       python egscit.py: 4,000 steps in 15 minutes on one CPU core, stage 1 in one. SSIM to
              the truth 0.67 and 0.52 (flat paper: 0.50, 0.24). Papers are right first, then digits
              take shape, black ones on white sooner than white ones on black, which stay broken.
@@ -63,6 +63,7 @@ EXPECT       python egscit.py: 4,000 steps in 15 minutes on one CPU core, stage 
 """
 
 import argparse
+import colorsys
 import functools
 import os
 import random
@@ -74,11 +75,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 import common
-import toy
-from common import VGG19, Run, UserError, mean_std
+from common import VGG, Run, UserError, mean_std
 
 LAYOUT = ("trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B, "
           "or toy-multiple, mnist-single, mnist-multiple")
@@ -121,8 +121,7 @@ def get_args(argv=None):
         help="whose sizes and weights (Sec. 4); digits: those of --data, else street")
     add("--small", action=switch, default=False, help="digits: the toy run's settings, for a CPU")
     add("--mnist-root", default="datasets", metavar="DIR", help="where MNIST/raw is or comes")
-    add("--ablation", choices=[*ABLATIONS, "all"], default="none",
-        help="Tab. 2: which part to leave out; all: each in turn, with a table and a strip")
+    add("--ablation", choices=list(ABLATIONS), default="none", help="Tab. 2: what to leave out")
     add("--size", type=int, default=512, help="width of a training picture (code)")
     add("--height", type=int, default=None, help="its height (--size if not given)")
     add("--mirror", action=switch, default=False, help="mirror training pictures at random (code)")
@@ -150,12 +149,10 @@ def get_args(argv=None):
     add("--lambda-cyc", type=float, default=100.0, help="UNIT's weight of the cycle")
     add("--lambda-c", type=float, default=10.0, help="Eq. (4): content (code: by task)")
     add("--lambda-s", type=float, default=1e3, help="Eq. (4): style (code: by task)")
-    add("--vgg", default="imagenet", help="phi: imagenet, random, or a file of VGG-19 weights; or "
-                                          "digits: a small one trained here to name digits")
+    add("--vgg", default="imagenet", help="phi: imagenet, random, or a file of VGG-19 or VGG-16; "
+                                          "or digits: a small one trained here to name digits")
     add("--exemplar", default=None, metavar="PATH", help="with --translate: picture of the style")
     add("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="with --translate")
-    add("--figure", choices=["masks", "embedding"], default=None,
-        help="from --weights: feature masks, or Fig. 5 by PCA (pictures and translations)")
 
     def presets(args):
         single = DIGITS.get(args.data) == "single"
@@ -335,7 +332,7 @@ def build(args, device):
 def perceptual_network(args, device):
     """V, the layers of phi (Sec. 3.3), frozen."""
     taps = [f"relu{i}_1" for i in range(1, 6)]
-    V = DigitVGG() if args.vgg == "digits" else VGG19(taps, args.vgg, ceil_mode=True)
+    V = DigitVGG() if args.vgg == "digits" else VGG(taps, args.vgg, ceil_mode=True)
     V.to(device, memory_format=layout(args)).requires_grad_(False)
     if args.compile:
         V.forward = torch.compile(V.forward)
@@ -404,6 +401,11 @@ def stylise(c, f_content, f_style, args):
     return c
 
 
+def lsgan(logits, real):
+    """UNIT's L_GAN, least squares: logits (B, 1, h, w) towards 1 if `real`, else towards 0."""
+    return (common.full(logits) - float(real)).square().mean()
+
+
 def l1(a, b):
     """Mean |a - b|: reconstruction of a VAE and of a cycle."""
     return (common.full(a) - b).abs().mean()
@@ -448,6 +450,66 @@ def style_loss(phi_AB, gram_B):
 # 4. Data
 # =============================================================================================
 
+# The rules of MNIST-Single and MNIST-Multiple (Sec. 4). A digit is a mask: True where there is ink.
+
+GREYS = np.array([(0, 0, 0), (255, 255, 255)], np.uint8)
+PRIMARIES = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)
+INKS_AND_PAPERS = np.array([(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)])  # into PRIMARIES
+CELLS = 4  # a board has 4 x 4 of them
+
+
+def digit_colours(labels, domain, split, rng):
+    """Colours of single digits: labels (N,) -> ink, paper, two arrays (N, 3) of bytes.
+
+    Domain "A": black on white or white on black. "B": two different ones of red, green and blue;
+    but in the split "train" the digits 5 to 9 are always red on green.
+    """
+    if domain == "A":
+        ink = rng.integers(2, size=len(labels))
+        return GREYS[ink], GREYS[1 - ink]
+    pair = rng.integers(len(INKS_AND_PAPERS), size=len(labels))
+    if split == "train":
+        pair = np.where(np.asarray(labels) >= 5, 0, pair)
+    return tuple(PRIMARIES[INKS_AND_PAPERS[pair]].swapaxes(0, 1))
+
+
+def paint_digits(masks, ink, paper):
+    """Masks (N, H, W), ink and paper (N, 3) -> pictures of two colours each, (N, H, W, 3) bytes."""
+    return np.where(masks[..., None], ink[:, None, None], paper[:, None, None])
+
+
+def board_colours(domain, rng):
+    """Colours of one board: inks (10, 3), one per digit class, and paper (3,), bytes.
+
+    Domain "A": all ink black and the paper white, or the reverse. "B": the paper black or white;
+    class k has the hue k / 10, with saturation and value 0.5, each changed by up to 40 %.
+    """
+    paper = rng.integers(2)
+    if domain == "A":
+        return np.repeat(GREYS[1 - paper][None], 10, axis=0), GREYS[paper]
+    inks = [colorsys.hsv_to_rgb(k / 10, *(0.5 * rng.uniform(0.6, 1.4, 2))) for k in range(10)]
+    return np.round(np.array(inks) * 255).astype(np.uint8), GREYS[paper]
+
+
+def board_layout(members, rng):
+    """A board without colours: which mask shows class k, and in which cell: two arrays (10,).
+
+    members: for each class, the indices of the masks that show it.
+    """
+    return (np.array([rng.choice(indices) for indices in members]),
+            rng.permutation(CELLS**2)[:10])
+
+
+def paint_board(masks, layout, inks, paper):
+    """masks (N, h, w), a `board_layout` and its `board_colours` -> (4 h, 4 w, 3) bytes."""
+    h, w = masks.shape[1:]
+    board = np.tile(paper, (CELLS * h, CELLS * w, 1))
+    for index, cell, ink in zip(*layout, inks, strict=True):
+        row, column = divmod(cell, CELLS)
+        board[row * h:(row + 1) * h, column * w:(column + 1) * w][masks[index]] = ink
+    return board
+
+
 # A domain has a length and picture(i, rng): its i-th training picture, (3, H, W) in [-1, 1].
 
 
@@ -473,9 +535,9 @@ class Boards:
 
     def picture(self, i, rng):
         rng = np.random.default_rng([ord(self.domain), i])
-        return unit(torch.from_numpy(toy.paint_board(
-            self.masks, toy.board_layout(self.members, rng),
-            *toy.board_colours(self.domain, rng))).permute(2, 0, 1))
+        return unit(torch.from_numpy(paint_board(
+            self.masks, board_layout(self.members, rng),
+            *board_colours(self.domain, rng))).permute(2, 0, 1))
 
     def __len__(self):
         return 60_000
@@ -517,8 +579,9 @@ def data_folder(args):
     if args.data.startswith("mnist-"):
         return None
     if args.data in DIGITS:
+        toy = common.lab("toy", f"--data {args.data}")
         return toy.ensure(f"digits_{DIGITS[args.data]}", args.size)
-    return common.find_data(args.data, LAYOUT, None)
+    return common.find_data(args.data, LAYOUT, {}, None)
 
 
 def mnist(args, split):
@@ -550,7 +613,7 @@ def train_domains(args):
         return [Boards(masks, labels, d) for d in "AB"]
     rng = np.random.default_rng(0)
     orders = [rng.permutation(len(masks)) for _ in "AB"]
-    return [Pictures(toy.paint_digits(masks[order], *toy.digit_colours(
+    return [Pictures(paint_digits(masks[order], *digit_colours(
         labels[order], d, "train", rng))) for d, order in zip("AB", orders, strict=True)]
 
 
@@ -571,10 +634,13 @@ def test_set(args, limit=None):
     elif args.data == "mnist-multiple":
         found = board_pairs(*mnist(args, "test"))
     else:
-        split = "test" if any((root / d).is_dir() for d in ("testA", "test/A")) else "train"
+        split = args.split
+        if split == "test" and not any((root / d).is_dir() for d in ("testA", "test/A")):
+            print(f"{root} has no test pictures: these are training pictures")
+            split = "train"
         files = {f"x_{d}": common.find_split(root, split, d, LAYOUT) for d in "AB"}
-        files |= {f"x_{d}": common.list_pictures(root / f"test{d}") for d in ("AB", "BA")
-                  if (root / f"test{d}").is_dir()}
+        files |= {f"x_{d}": common.list_pictures(root / f"{split}{d}") for d in ("AB", "BA")
+                  if (root / f"{split}{d}").is_dir()}
         n = min(map(len, files.values()))
         chosen = slice(0, n, max(1, n // limit) if limit else 1)
         found = {name: np.stack([np.asarray(fitted(f, args)) for f in fs[:n][chosen][:limit]])
@@ -593,20 +659,20 @@ def released_pairs(masks, n=1000):
     rng.shuffle(order_A)
     rng.shuffle(order_B)
     white = (rng.uniform(size=len(masks)) >= 0.5).astype(int)[:n]
-    pair = toy.INKS_AND_PAPERS[np.floor(6 * rng.uniform(size=len(masks))).astype(int)[:n]]
+    pair = INKS_AND_PAPERS[np.floor(6 * rng.uniform(size=len(masks))).astype(int)[:n]]
     shapes = {"A": masks[order_A[:n]], "B": masks[order_B[:n]]}
-    colours = {"A": (toy.GREYS[white], toy.GREYS[1 - white]),
-               "B": (toy.PRIMARIES[pair[:, 0]], toy.PRIMARIES[pair[:, 1]])}
-    return {f"x_{name}": toy.paint_digits(shapes[name[0]], *colours[name[-1]])
+    colours = {"A": (GREYS[white], GREYS[1 - white]),
+               "B": (PRIMARIES[pair[:, 0]], PRIMARIES[pair[:, 1]])}
+    return {f"x_{name}": paint_digits(shapes[name[0]], *colours[name[-1]])
             for name in ("A", "B", "AB", "BA")}
 
 
 def board_pairs(masks, labels, n=1000):
     """Test pairs of MNIST-Multiple: each board in its own colours, and in the other's."""
     rng, members = np.random.default_rng(0), [np.flatnonzero(labels == k) for k in range(10)]
-    boards = [{d: (toy.board_layout(members, rng), *toy.board_colours(d, rng)) for d in "AB"}
+    boards = [{d: (board_layout(members, rng), *board_colours(d, rng)) for d in "AB"}
               for _ in range(n)]
-    return {f"x_{name}": np.stack([toy.paint_board(masks, b[name[0]][0], *b[name[-1]][1:])
+    return {f"x_{name}": np.stack([paint_board(masks, b[name[0]][0], *b[name[-1]][1:])
                                    for b in boards]) for name in ("A", "B", "AB", "BA")}
 
 
@@ -623,18 +689,12 @@ class Unpaired(torch.utils.data.Dataset):
     def __getitem__(self, n):
         rng = random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.A))
-        i = shuffled(len(self.A), common.mix(self.args.seed, "epoch", epoch))[i]
+        i = common.shuffled(len(self.A), common.mix(self.args.seed, "epoch", epoch))[i]
         return self.A.picture(i, rng), self.B.picture(rng.randrange(len(self.B)), rng)
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cut.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
-
-
 def random_batch(args, device):
-    """(x_A, x_B) of noise, shaped and laid out as in training; for bench.py."""
+    """(x_A, x_B) of noise, shaped and laid out as in training; for lab/bench.py."""
     shape = (args.batch, 3, args.height, args.size)
     return [torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout(args)) for _ in "AB"]
 
@@ -644,7 +704,7 @@ def random_batch(args, device):
 # =============================================================================================
 
 
-def pretrain_step(m, x_A, x_B, args, average=lambda *nets: None):
+def pretrain_step(m, x_A, x_B, args):
     """Stage 1: one update of both VAEs and their discriminators. Returns losses by name."""
     autocast = functools.partial(torch.autocast, x_A.device.type, torch.bfloat16, enabled=args.amp)
     losses, fakes = {}, []
@@ -654,14 +714,13 @@ def pretrain_step(m, x_A, x_B, args, average=lambda *nets: None):
         with autocast():
             x_hat, mu = V(x)
             judged = D(x_hat)
-        rec, divergence, GAN = l1(x_hat, x), kl(mu), common.lsgan(judged, True)
+        rec, divergence, GAN = l1(x_hat, x), kl(mu), lsgan(judged, True)
         (args.lambda_rec * rec + args.lambda_KL * divergence + args.lambda_GAN * GAN).backward()
         losses |= {f"rec_{d}": rec, f"KL_{d}": divergence, f"GAN_{d}": GAN}
         fakes.append(x_hat)
         D.requires_grad_(True)
-    average(m.V_A, m.V_B)
     m.opt_G.step()
-    losses |= update_discriminators(m, x_A, x_B, *fakes, args, average, autocast)
+    losses |= update_discriminators(m, x_A, x_B, *fakes, args, autocast)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -688,7 +747,7 @@ def half_objective(x_A, f_A, f_B, maps, E_A, E_B, G_A, G_B, D_B, m, args):
     mu_AB = encode(x_AB, E_B, m)
     x_ABA = G_A(stylise(content(mu_AB, m), f_A, f_A, args))  # CHOICE (code): f_A, not F_B(x_AB)
     terms = {"rec": l1(x_AA, x_A), "KL": kl(mu), "cyc": l1(x_ABA, x_A), "KL_cyc": kl(mu_AB),
-             "GAN": common.lsgan(D_B(x_AB), True)}
+             "GAN": lsgan(D_B(x_AB), True)}
     L = (args.lambda_rec * terms["rec"] + args.lambda_KL * terms["KL"]             # L_VAE
          + args.lambda_GAN * terms["GAN"]                                          # L_GAN
          + args.lambda_cyc * terms["cyc"] + args.lambda_KL * terms["KL_cyc"])      # L_CC, Eq. (3)
@@ -700,10 +759,10 @@ def half_objective(x_A, f_A, f_B, maps, E_A, E_B, G_A, G_B, D_B, m, args):
     return terms, L, x_AB
 
 
-def train_step(m, x_A, x_B, args, rng, average=lambda *nets: None, judge=True):
+def train_step(m, x_A, x_B, args, rng, judge=True):
     """Stage 2: one update of the translator and, if `judge`, one of D_A and D_B.
 
-    Returns losses by name. F_A, F_B and V stay as they are. average: gradients over processes.
+    Returns losses by name. F_A, F_B and V stay as they are.
     rng is not used: the only random choice is noise, from torch's own generator.
     """
     autocast = functools.partial(torch.autocast, x_A.device.type, torch.bfloat16, enabled=args.amp)
@@ -728,25 +787,23 @@ def train_step(m, x_A, x_B, args, rng, average=lambda *nets: None, judge=True):
     L.backward()
     for D in (m.D_A, m.D_B):
         D.requires_grad_(True)
-    average(*(getattr(m, name) for name in TRANSLATOR))
     m.opt_G.step()
     losses = {f"{name}_{way}": loss for way, terms in (("AB", terms_A), ("BA", terms_B))
               for name, loss in terms.items()}
     if judge:
-        losses |= update_discriminators(m, x_A, x_B, x_BA, x_AB, args, average, autocast)
+        losses |= update_discriminators(m, x_A, x_B, x_BA, x_AB, args, autocast)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def update_discriminators(m, x_A, x_B, fake_A, fake_B, args, average, autocast):
+def update_discriminators(m, x_A, x_B, fake_A, fake_B, args, autocast):
     """One step of D_A and D_B: real pictures towards 1, fakes (no gradient) towards 0."""
     losses = {}
     m.opt_D.zero_grad(set_to_none=True)
     for name, D, fake, real in (("D_A", m.D_A, fake_A, x_A), ("D_B", m.D_B, fake_B, x_B)):
         with autocast():  # no layer of D mixes pictures, so real and fake can share one pass
             of_fake, of_real = D(torch.cat([common.full(fake.detach()), real])).split(len(real))
-        losses[name] = 0.5 * (common.lsgan(of_fake, False) + common.lsgan(of_real, True))
+        losses[name] = 0.5 * (lsgan(of_fake, False) + lsgan(of_real, True))
         (args.lambda_GAN * losses[name]).backward()
-    average(m.D_A, m.D_B)
     m.opt_D.step()
     return losses
 
@@ -766,12 +823,15 @@ def train_digit_vgg(V, args, device, steps=1200, batch=64):
 
     Both domains' pictures are among its own: any colour of both sets stands on any other.
     """
-    masks, labels = (mnist(args, "train") if args.data.startswith("mnist") else
-                     toy.drawn_digits(3000, 28, np.random.default_rng(0)))
+    if args.data.startswith("mnist"):
+        masks, labels = mnist(args, "train")
+    else:
+        toy = common.lab("toy", f"--data {args.data}")
+        masks, labels = toy.drawn_digits(3000, 28, np.random.default_rng(0))
     masks, labels = torch.from_numpy(masks), torch.from_numpy(labels)
-    colours = torch.from_numpy(np.concatenate([toy.GREYS, toy.PRIMARIES])).float() / 255
+    colours = torch.from_numpy(np.concatenate([GREYS, PRIMARIES])).float() / 255
     if DIGITS[args.data] == "multiple":
-        inks = [toy.board_colours("B", np.random.default_rng(i))[0] for i in range(20)]
+        inks = [board_colours("B", np.random.default_rng(i))[0] for i in range(20)]
         colours = torch.cat([colours[:2], torch.from_numpy(np.concatenate(inks)).float() / 255])
     rng = torch.Generator().manual_seed(common.mix(args.seed, "vgg"))
 
@@ -814,7 +874,7 @@ def pretrain(m, data, args):
         print(f"stage 1: F_A and F_B learn as encoders of two VAE-GANs, in {folder}")
         for step, (x_A, x_B) in run.steps(data, args.pretrain):
             set_rate(vaes, args.lr * rate(step, args.pretrain))
-            run.log(pretrain_step(vaes, x_A, x_B, args, run.average_gradients))
+            run.log(pretrain_step(vaes, x_A, x_B, args))
         with torch.no_grad():
             run.save_samples({"x_A": show["x_A"], "x_AA": vaes.V_A(show["x_A"])[0],
                               "x_B": show["x_B"], "x_BB": vaes.V_B(show["x_B"])[0]})
@@ -835,7 +895,7 @@ def saved_parts(m, args):
 
 
 def train(args):
-    """Both stages; returns (the scores, the last grid's columns)."""
+    """Both stages, then the scores."""
     run = Run("egscit", args)
     data, show = Unpaired(*train_domains(args), args), test_set(args, 12 if args.size <= 32 else 6)
     m = build(args, run.device)
@@ -854,13 +914,9 @@ def train(args):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(m, show, args))
         set_rate(m, args.lr * rate(step, args.steps))
-        run.log(train_step(m, x_A, x_B, args, run.rng(), run.average_gradients,
-                           step % args.g_updates == 0))
-    columns = sample_columns(m, show, args)
-    run.save_samples(columns)
-    scores = all_scores(m, args) if run.rank == 0 else []
-    run.finish(scores)
-    return scores, columns
+        run.log(train_step(m, x_A, x_B, args, run.rng(), step % args.g_updates == 0))
+    run.save_samples(sample_columns(m, show, args))
+    run.finish(all_scores(m, args) if run.rank == 0 else [])
 
 
 def reuse_features(m, args):
@@ -876,25 +932,6 @@ def reuse_features(m, args):
                         "the last.pt of a run with that flag")
     common.load_parts({name: parts[name] for name in ("F_A", "F_B", "V") if name in parts}, found,
                       args.features)
-
-
-def train_ablations(args):
-    """Tab. 2: every variant for the same steps, on one stage 1; a table and a strip."""
-    folder, rows, strips = Path(args.run_folder), {}, {}
-    for name, change in ABLATIONS.items():
-        label = "EGSC-IT" if name == "none" else f"w/o {name}"
-        print(f"---- {label} ----", flush=True)
-        if name != "none":
-            change = change | {"features": str(folder / "none" / "last.pt")}
-        rows[label], columns = train(common.variant(args, name, change))
-        for way in ("AB", "BA"):
-            given = {x: columns[x] for x in (f"x_{way[0]}", f"x_{way[1]}", f"true x_{way}")
-                     if x in columns}
-            strips.setdefault(way, given)[label] = columns[f"x_{way}"]
-    for way, strip in strips.items():
-        common.save_grid(folder / f"ablation_{way}.png", strip)
-    print(f"\nwrote {folder}/ablation_AB.png and ablation_BA.png")
-    common.save_ablation(folder, rows)
 
 
 # =============================================================================================
@@ -940,22 +977,6 @@ def sample_columns(m, test, args):
         if f"x_{way}" in test:
             columns[f"true x_{way}"] = test[f"x_{way}"]
     return {name: unit(x) for name, x in columns.items()}
-
-
-def ssim(a, b):
-    """SSIM of Tab. 2 for bytes (N, 3, H, W) -> (N,), float64.
-
-    7x7 uniform windows that lie inside, RGB, mean over places and channels. The covariances are
-    a sample's (scikit-image, like the paper's code); torchmetrics' are a population's, 48/49 of
-    that, which comes to the same as 48/49 of the constant C2.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    maps = [structural_similarity_index_measure(
-        x.double(), y.double(), gaussian_kernel=False, kernel_size=7, data_range=255.0,
-        k2=0.03 * (48 / 49) ** 0.5, reduction="none", return_full_image=True)[1]
-        for x, y in zip(a.split(10), b.split(10), strict=True)]  # WHY 10: fits into a cache
-    return torch.cat(maps)[:, :, 3:-3, 3:-3].mean(dim=(1, 2, 3))
 
 
 def packed(pictures):
@@ -1013,6 +1034,10 @@ def digit_scores(y, x, exemplar, truth):
 
     All are bytes (N, 3, H, W): translations y of x in the style of the exemplar, and their truth.
     """
+    def ssim(a, b):
+        return metrics.ssim(unit(a), unit(b))
+
+    metrics = common.lab("metrics", "the score of digits")
     answers = {"": y, "the truth": truth, "copy the input": x, "copy the exemplar": exemplar,
                "the exemplar's paper": paper_colour(exemplar).expand_as(x).contiguous()}
     names = ["SSIM to the truth", "SSIM to the exemplar (Tab. 2)"]
@@ -1076,62 +1101,6 @@ def evaluate(args):
     common.print_scores(all_scores(load_translator(args, common.pick_device(args.device)), args))
 
 
-@torch.no_grad()
-def mask_figure(args, channels=3):
-    """masks.png: x_A, the most contrasted channels of its mask, the exemplar, x_AB; and back."""
-    device = common.pick_device(args.device)
-    m, test = load_translator(args, device), test_set(args, 6)
-    for way in ("AB", "BA"):
-        x = unit(test[f"x_{way[0]}"]).to(device)
-        masks = feature_mask(direction(m, way)[1](x), args.eta)
-        chosen = masks.std(dim=(2, 3)).mean(0).argsort(descending=True)[:channels]
-        columns = {f"x_{way[0]}": x}
-        for i in chosen.tolist():  # from eta (black) to 1 (white)
-            shown = (masks[:, i:i + 1] - args.eta) / max(1 - args.eta, 1e-6) * 2 - 1
-            columns[f"m_{way[0]}, {i}"] = F.interpolate(shown, x.shape[2:]).expand_as(x)
-        columns[f"x_{way[1]}"] = unit(test[f"x_{way[1]}"])
-        columns[f"x_{way}"] = unit(translated(m, test, args, way))
-        save_figure(args, f"masks_{way}.png", lambda path, c=columns: common.save_grid(path, c))
-
-
-def embedding_figure(args):
-    """embedding.png, like Fig. 5: real pictures and translations on their two main axes (PCA)."""
-    device = common.pick_device(args.device)
-    m, test, side = load_translator(args, device), test_set(args), 360
-    sheet = Image.new("RGB", (2 * side, side + 20), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, way in enumerate(("AB", "BA")):
-        real, made = test[f"x_{way[1]}"], translated(m, test, args, way)
-        together = unit(torch.cat([real, made]))
-        if args.size > 112:  # thousands of photographs at full size do not fit into memory
-            together = F.interpolate(together, (32, 32), mode="area")
-        together = together.flatten(1)
-        together = together - together.mean(0)
-        axes = torch.pca_lowrank(together, 2, center=False, niter=4)[2]
-        places = together @ axes
-        low, high = places.min(0).values, places.max(0).values
-        places = (places - low) / (high - low) * (side - 24) + 12
-        places = places + torch.tensor([column * side, 20])
-        draw.text((column * side + 12, 4), f"x_{way[1]}: red dots, x_{way}: blue crosses", "black")
-        for x, y in places[:len(real)].tolist():
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), "red")
-        for x, y in places[len(real):].tolist():
-            draw.line((x - 2, y - 2, x + 2, y + 2), "blue")
-            draw.line((x - 2, y + 2, x + 2, y - 2), "blue")
-    save_figure(args, "embedding.png", sheet.save)
-
-
-def save_figure(args, name, save):
-    """save(path) of a figure, in --out or beside the weights; `UserError` if it cannot be."""
-    path = Path(args.out or Path(args.weights).parent) / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(path)
-    except OSError as error:
-        raise UserError(f"--out {path.parent}: cannot write there ({error})") from None
-    print(path)
-
-
 # =============================================================================================
 # 8. Main
 # =============================================================================================
@@ -1141,12 +1110,8 @@ def main(argv=None):
     args = get_args(argv)
     if args.translate:
         translate_files(args)
-    elif args.figure:
-        {"masks": mask_figure, "embedding": embedding_figure}[args.figure](args)
     elif args.evaluate:
         evaluate(args)
-    elif args.ablation == "all":
-        train_ablations(args)
     else:
         train(args)
 

@@ -65,10 +65,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import toy
 from common import InstanceNorm, Run, UserError, full
 
-LAYOUT = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
 BOXES = '{"trainA/NAME.png": [{"box": [x0, y0, x1, y1], "label": "car"}, ...], ...} (or "NAME.png")'
 
 # =============================================================================================
@@ -316,6 +314,11 @@ def associate(content, bank, rng):
     return codes[int(torch.randint(len(codes), (), generator=rng))]
 
 
+def lsgan(logits, real):
+    """L_adv for one scale, least squares (MUNIT): logits towards 1 if `real`, else towards 0."""
+    return (full(logits) - float(real)).square().mean()
+
+
 def l1(k_hat, k):
     """Eq. (3): the mean absolute difference."""
     return (full(k_hat) - full(k)).abs().mean()
@@ -357,13 +360,13 @@ def cross_granularity_terms(o, c_o, s_o, s_g, G, granularity, cycle):
 
 def adversarial_loss(D, fake):
     """L_adv for G: LSGAN, summed over the scales."""
-    return sum(common.lsgan(logits, True) for logits in D(fake))
+    return sum(lsgan(logits, True) for logits in D(fake))
 
 
 def discriminator_loss(D, fake, real):
     """L_adv for D, summed over the scales; no layer mixes pictures, so one pass serves both."""
     n = len(fake)
-    return sum(common.lsgan(logits[:n], False) + common.lsgan(logits[n:], True)
+    return sum(lsgan(logits[:n], False) + lsgan(logits[n:], True)
                for logits in D(torch.cat([fake, real])))
 
 
@@ -426,7 +429,7 @@ class Scenes(torch.utils.data.Dataset):
 
     def __init__(self, root, args):
         self.args, self.boxes = args, {}
-        self.X, self.Y = (common.find_split(root, "train", side, LAYOUT) for side in "AB")
+        self.X, self.Y = (common.find_split(root, "train", side) for side in "AB")
         if args.method == "init" and not args.multi_scale:
             for files in (self.X, self.Y):
                 self.boxes |= read_boxes(root, files)
@@ -434,7 +437,7 @@ class Scenes(torch.utils.data.Dataset):
     def __getitem__(self, n):
         rng = random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.X))
-        x = self.X[shuffled(len(self.X), common.mix(self.args.seed, "epoch", epoch))[i]]
+        x = self.X[common.shuffled(len(self.X), common.mix(self.args.seed, "epoch", epoch))[i]]
         return *self.load(x, rng), *self.load(rng.choice(self.Y), rng)
 
     def load(self, path, rng):
@@ -477,14 +480,8 @@ class Scenes(torch.utils.data.Dataset):
         return max(len(self.X), len(self.Y))
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cut.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
-
-
 def random_batch(args, device):
-    """[a batch of noise], shaped and laid out as in training; for bench.py."""
+    """[a batch of noise], shaped and laid out as in training; for lab/bench.py."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     batch = []
     for _ in "XY":
@@ -524,11 +521,10 @@ def encode_styles(m, domain, x, objects, args):
     return side
 
 
-def train_step(m, batch, args, rng, average=lambda *nets: None):
+def train_step(m, batch, args, rng):
     """One update of every D and one of both G on a batch of `Scenes`: Eq. (4).
 
     Returns losses by name, summed over the domains. rng: CPU generator for the style association.
-    average: gradients over processes.
     """
     autocast = functools.partial(torch.autocast, batch[0].device.type, torch.bfloat16,
                                  enabled=args.amp)
@@ -561,7 +557,6 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
         judges = list(dict.fromkeys([T.D, T.D_o]))  # one, if they are shared
         for p in (p for D in judges for p in D.parameters() if p.grad is None):
             p.grad = torch.zeros_like(p)  # no crops here, but perhaps in another process
-        average(*judges)
         m.opt_D.step()
 
         # ---- both G: reconstruct, and fool the new D -------------------------------------------
@@ -585,7 +580,6 @@ def train_step(m, batch, args, rng, average=lambda *nets: None):
         for part in terms:
             for name, term in part.items():
                 losses[name] = losses[name] + term.detach()
-    average(m.G_X, m.G_Y)
     m.opt_G.step()
     return losses
 
@@ -601,7 +595,10 @@ def rate(step, decay_every):
 
 
 def data_folder(args):
-    return common.find_data(args.data, LAYOUT, lambda: toy.ensure("day2night", args.size))
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("day2night", args.size)
+
+    return common.find_data(args.data, common.UNPAIRED, {}, draw_toy)
 
 
 def train(args):
@@ -619,7 +616,7 @@ def train(args):
             run.save_samples(sample_columns(m, show, args))
         for optimiser in (m.opt_G, m.opt_D):
             optimiser.param_groups[0]["lr"] = args.lr * rate(step, args.decay_every)
-        run.log(train_step(m, batch, args, run.rng(), run.average_gradients))
+        run.log(train_step(m, batch, args, run.rng()))
     run.save_samples(sample_columns(m, show, args))
     run.finish(truth_scores(*networks(m, args), root, args, run.device))
 
@@ -654,27 +651,9 @@ def random_styles(n, args, device, seed):
     return torch.randn(n, args.style_dim, generator=rng).to(device)
 
 
-def test_pictures(root, args, device, limit=None, square=False):  # same as cut.py: test_pictures
-    """{'x': (N, 3, H, W), 'y': ...} of the test split (of the training split if there is none).
-
-    limit: that many, evenly spaced. square: resized to --size x --size, for the paper's
-    evaluation; otherwise to the first picture's size, because a grid has one size.
-    """
-    split = "test" if any((Path(root) / d).is_dir() for d in ("testA", "test/A")) else "train"
-    found = {}
-    for name, side in zip("xy", "AB" if args.direction == "AtoB" else "BA", strict=True):
-        files = common.find_split(root, split, side, LAYOUT)
-        every = max(1, len(files) // limit) if limit else 1  # neighbours are often video frames
-        pictures = [common.open_rgb(f) for f in files[::every][:limit]]
-        size = (args.size, args.size) if square else pictures[0].size
-        found[name] = torch.stack([common.to_tensor(p.resize(size, Image.BICUBIC))
-                                   for p in pictures]).to(device)
-    return found
-
-
 def show_pictures(root, args, device):
     """What sample grids show: pictures x and the reference of each; on toy data the truth y too."""
-    test = test_pictures(root, args, device, limit=None if args.data == "toy" else 6)
+    test = common.test_pictures(root, args, device, limit=None if args.data == "toy" else 6)
     if args.data == "toy":
         return {k: v[::7] for k, v in (test | {"reference": same_night(test["y"])}).items()}
     return {"x": test["x"],
@@ -710,12 +689,13 @@ def truth_scores(G_X, G_Y, root, args, device):
     """Scores against the toy world's true nights, each in the style of a reference; else []."""
     if args.data != "toy" or args.direction == "BtoA":
         return []
-    test = test_pictures(root, args, device)
+    toy = common.lab("toy", "--data toy")
+    test = common.test_pictures(root, args, device)
     reference = same_night(test["y"])
     y_hat = torch.cat([translate(G_X, G_Y, x[None], G_Y.style(r[None]), args)
                        for x, r in zip(test["x"], reference, strict=True)])
     table = json.loads((Path(root) / "boxes.json").read_text())
-    boxes = [table[f"testA/{i:04d}.png"] for i in range(len(y_hat))]
+    boxes = [table[f"{args.split}A/{i:04d}.png"] for i in range(len(y_hat))]
     return toy.night_scores(test["x"].cpu(), reference.cpu(), y_hat.cpu(), test["y"].cpu(), boxes)
 
 
@@ -731,43 +711,11 @@ def load_generators(args, device):
         m = build(args, torch.device("cpu"))
         common.load_parts({k: getattr(m, k) for k in ("G_X", "G_Y")}, state["parts"], args.weights)
     else:
-        m = SimpleNamespace(G_X=released_generator(state, "a", args.weights),
-                            G_Y=released_generator(state, "b", args.weights))
+        released = common.lab("released", "--weights with a released file")
+        m = SimpleNamespace(**dict(zip(("G_X", "G_Y"), released.init(state, args.weights),
+                                       strict=True)))
         args.style_dim = m.G_X.mlp[0].in_features
     return [net.to(device).eval() for net in networks(m, args)]
-
-
-def released_generator(file, domain, path):
-    """Domain 'a' or 'b' of MUNIT's gen_*.pt -> Generator; widths are read from the shapes.
-
-    Their layers come in the order of ours. Left out are the statistics that old instance
-    normalisations and all AdaIN layers keep in the file and never use.
-    """
-    try:
-        state = {k: v for k, v in file[domain].items() if ".running_" not in k}
-        blocks = sum(k.startswith("enc_content.model.3.") and k.endswith("0.conv.weight")
-                     for k in state)
-        G = Generator(len(state["enc_content.model.0.conv.weight"]),
-                      len(state["enc_style.model.6.weight"]),
-                      len(state["mlp.model.0.fc.weight"]), blocks)
-        names = [f"enc_style.model.{i}.conv" for i in range(5)] + ["enc_style.model.6"]
-        names += [f"enc_content.model.{i}.conv" for i in range(3)]
-        names += [f"{part}.model.{b}.model.{i}.conv" for part in ("enc_content.model.3",
-                  "dec.model.0") for b in range(blocks) for i in (0, 1)]
-        names += ["dec.model.2.conv", "dec.model.2.norm", "dec.model.4.conv", "dec.model.4.norm",
-                  "dec.model.5.conv", *(f"mlp.model.{i}.fc" for i in range(3))]
-        theirs = [f"{name}.{leaf}" for name in names
-                  for leaf in (("gamma", "beta") if "norm" in name else ("weight", "bias"))]
-        for p, name in zip(list(G.parameters()), theirs, strict=True):
-            if p.shape != state.pop(name).shape:
-                raise ValueError("another layer")
-            p.data.copy_(file[domain][name])
-        if state:
-            raise ValueError("more layers")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: neither a checkpoint of init.py nor the generators of MUNIT "
-                        "(gen_*.pt)") from None
-    return G
 
 
 def translate_files(args):
@@ -799,9 +747,17 @@ def evaluate(args):
     G_X, G_Y = load_generators(args, device)
     root = data_folder(args)
     scores = truth_scores(G_X, G_Y, root, args, device)
-    distance, distance_name = perceptual_distance(args, device)
-    classify, classifier_name = domain_classifier(root, args, device)
-    test = test_pictures(root, args, device, square=True)
+    metrics = common.lab("metrics", "--evaluate")
+    if args.lpips == "alex":
+        distance_name = "LPIPS"
+        distance = metrics.lpips(device, "--lpips random measures with an untrained VGG")
+    else:
+        distance_name = "LPIPS-style distance of an UNTRAINED VGG"
+        distance = functools.partial(metrics.feature_distance, common.VGG(
+            ("relu1_2", "relu2_2", "relu3_4", "relu4_4"), "random", ceil_mode=True).to(device))
+    classify, classifier_name = metrics.domain_classifier(
+        [common.find_split(root, "train", side) for side in "AB"], device, args.seed)
+    test = common.test_pictures(root, args, device, square=True)
 
     def mean_distance(a, b):  # pair by pair: VGG's maps of large pictures are large
         return sum(distance(*pair) for pair in zip(a.split(1), b.split(1), strict=True)) / len(a)
@@ -817,69 +773,9 @@ def evaluate(args):
     trivial = {"real pictures": mean_distance(real[:-1], real[1:])} if len(real) > 1 else {}
     scores.append({"name": f"diversity, {distance_name} ({protocol})", "trivial": trivial,
                    "value": sum(lpips) / len(lpips), "better": "higher"})
-    for name, value in inception_scores(p).items():
+    for name, value in metrics.inception_scores(p).items():
         scores.append({"name": f"{name} ({classifier_name})", "value": value, "better": "higher"})
     common.print_scores(scores)
-
-
-def inception_scores(p):
-    """p (inputs, outputs, classes): IS = exp E KL(p(y|x) | p(y)); CIS has p(y) of each input."""
-    def mean_divergence(marginal):
-        return float((p * (p.log() - marginal.log())).nan_to_num(0).sum(2).mean().exp())
-
-    return {"IS": mean_divergence(p.mean((0, 1))), "CIS": mean_divergence(p.mean(1, keepdim=True))}
-
-
-def perceptual_distance(args, device):
-    """(function of two batches -> mean distance, its name): LPIPS, or its untrained like."""
-    if args.lpips == "alex":
-        return common.lpips(device, "--lpips random measures with an untrained VGG"), "LPIPS"
-    taps = ("relu1_2", "relu2_2", "relu3_4", "relu4_4")
-    vgg = common.VGG19(taps, "random", ceil_mode=True).to(device)
-    return (functools.partial(common.feature_distance, vgg),
-            "LPIPS-style distance of an UNTRAINED VGG")
-
-
-@torch.enable_grad()
-def domain_classifier(root, args, device, steps=200):
-    """(function (N, 3, H, W) -> p(domain | picture) (N, 2), its name), fitted on training pictures.
-
-    The paper fine-tunes Inception V3. Without torchvision's weights at hand a small network takes
-    its place, and its name says so.
-    """
-    from torchvision.models import Inception_V3_Weights, inception_v3
-
-    weights = Inception_V3_Weights.IMAGENET1K_V1
-    at_hand = (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file()
-    rng, torch_state = random.Random(args.seed), torch.random.get_rng_state()
-    torch.manual_seed(args.seed)
-    if at_hand:
-        net, side, lr = inception_v3(weights=weights, transform_input=True), 299, 1e-4
-        net.fc = nn.Linear(2048, 2)
-        net.eval()  # statistics stay ImageNet's; the auxiliary head is silent
-        name = "Inception V3, fine-tuned on the domains"
-    else:
-        widths, side, lr = (3, 16, 32, 64, 64), 64, 1e-3
-        net = nn.Sequential(*[part for a, b in zip(widths, widths[1:], strict=False)
-                              for part in (conv(a, b, 4, 2), nn.ReLU())],
-                            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
-        name = "a SMALL classifier of the domains, no Inception weights at hand"
-    net.to(device)
-
-    def resized(x):
-        return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-
-    optimiser = torch.optim.Adam(net.parameters(), lr=lr)
-    files = [common.find_split(root, "train", domain, LAYOUT) for domain in "AB"]
-    for _ in range(steps):
-        label = torch.tensor([i % 2 for i in range(16)], device=device)
-        x = torch.cat([resized(common.to_tensor(common.open_rgb(rng.choice(files[i])))[None])
-                       for i in label.tolist()]).to(device)
-        optimiser.zero_grad()
-        F.cross_entropy(net(x), label).backward()
-        optimiser.step()
-    torch.random.set_rng_state(torch_state)
-    return lambda x: torch.softmax(net(resized(x)), 1).detach(), name
 
 
 # =============================================================================================

@@ -47,20 +47,19 @@ CHOICES      No code was released; where the text is silent or contradicts itsel
              Adam's decays are pix2pix's; D learns first; rates are constant; no augmentation.
 
 USAGE        python segin.py                                   # toy world, a score at the end
-             python segin.py --data edges2shoes      # a folder: train/ val/ of side-by-side pairs
+             python segin.py --data edges2shoes      # fetched once; or a folder like pix2pix's
              python segin.py --translate sketch.png --exemplar photo.jpg --weights FILE
-             python segin.py --figure match                    # Fig. 3: what matched what
-             python segin.py --ablation all                    # Tab. II
+             python segin.py --ablation gan                    # a row of Tab. II
+             python -m lab.figures segin match                 # Figs. 3, 4: what matched what
 EXPECT       python segin.py: 3.5 minutes of one CPU core; 82 % of the parts get the colour of
              their part in r (W 75 %, r itself 57 %, one colour for all 17 %); part colour error
              about 19 grey levels (W 24, r 35, one colour 47). The toy world's VGG is random, so
-             that its match needs --match-on edges; how W looks without it: --figure match.
+             that its match needs --match-on edges; how W looks without it: python -m lab.figures
+             segin match --match-on picture.
 """
 
 import argparse
 import functools
-import random
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,11 +69,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import toy
 from common import PatchGAN, Run, UserError
 
 LAYOUT = ("train/ (and test/ or val/) with side-by-side pairs like pix2pix's, or train_sketch/ "
           "train_img/ (and test_sketch/ test_img/); optional masks in train_mask/, by name")
+KNOWN = {name: tuple(f"{scheme}://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{name}.tar.gz"
+                     for scheme in ("https", "http"))
+         for name in ("edges2shoes", "edges2handbags")}  # Sec. IV; from pix2pix (Isola 2017)
 
 # =============================================================================================
 # 1. Configuration
@@ -95,8 +96,7 @@ def get_args(argv=None):
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--direction", choices=["AtoB", "BtoA"], default="AtoB",
         help="side-by-side pairs: which half is the sketch, the left one (AtoB) or the right one")
-    add("--ablation", choices=[*ABLATIONS, "all"], default="none",
-        help="Tab. II: train without this; all: each in turn, with a table and a strip")
+    add("--ablation", choices=list(ABLATIONS), default="none", help="Tab. II: train without this")
     add("--size", type=int, default=256, help="pictures are resized to this square (Sec. IV)")
     add("--batch", type=int, default=5, help="pairs per step and process (Sec. IV)")
     add("--epochs", type=int, default=20, help="passes over the pairs (Sec. IV; small sets 12)")
@@ -116,7 +116,7 @@ def get_args(argv=None):
     add("--w4", type=float, default=100.0, help="weight of L_seg, Eq. (9) (Sec. IV)")
     add("--w5", type=float, default=10.0, help="weight of L_segAtt, Eq. (10) (Sec. IV)")
     add("--w6", type=float, default=10.0, help="weight of L_tv, Eq. (8) (Sec. IV)")
-    add("--vgg", default="imagenet", help="VGG-19 weights: imagenet, random, or a file")
+    add("--vgg", default="imagenet", help="imagenet, random, or a file of VGG-19 or VGG-16")
     add("--match-layer", default="relu4_1", help="Phi of Eq. (1); relu3_1 halves the blocks")
     add("--match-k", type=int, default=3, help="side of a feature patch in Eq. (1), odd")
     add("--match-on", choices=["picture", "edges"], default="picture",
@@ -126,7 +126,6 @@ def get_args(argv=None):
     add("--corrupt-share", type=float, default=0.2, help="share of blocks shifted, or rematched")
     add("--corrupt-reach", type=int, default=2, help="how far a block is shifted, in blocks")
     add("--exemplar", default=None, metavar="PATH", help="--translate: the reference r, or several")
-    add("--figure", choices=["match"], help="draw Figs. 3 and 4 of the test pictures, and stop")
     add("--lpips", choices=["alex", "vgg"], default="alex",
         help="--evaluate: the paper's AlexNet LPIPS, or unweighted distances of --vgg's features")
     add("--fid-weights", default=None, metavar="FILE", help="Inception weights for --evaluate")
@@ -213,7 +212,7 @@ class SemanticMatch(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.vgg = common.VGG19([args.match_layer], args.vgg)
+        self.vgg = common.VGG([args.match_layer], args.vgg)
         self.layer, self.args = args.match_layer, args
 
     @torch.no_grad()
@@ -337,7 +336,7 @@ def build(args, device):
     for layer in N.modules():
         if isinstance(layer, NonLocal):
             nn.init.zeros_(layer.out.weight)
-    m = SimpleNamespace(N=N, D=D, vgg=common.VGG19(["relu3_2"], args.vgg),
+    m = SimpleNamespace(N=N, D=D, vgg=common.VGG(["relu3_2"], args.vgg),
                         match=SemanticMatch(args))
     for net in (N, D, m.vgg, m.match):
         net.to(device, memory_format=torch.channels_last if args.channels_last
@@ -353,6 +352,12 @@ def build(args, device):
 # =============================================================================================
 # 3. Losses
 # =============================================================================================
+
+
+def non_saturating(logits, real):
+    """-log sigmoid(logits) of D's logits if `real`, else -log(1 - sigmoid(logits)); the mean."""
+    logits = common.full(logits)
+    return F.softplus(-logits if real else logits).mean()               # Eq. (7)
 
 
 def recon_loss(y, y_hat):
@@ -405,7 +410,7 @@ def find_pairs(root, split, direction):
     """[(sketch, photo, mask or None)] of root's split 'train' or 'test'; a side-by-side file comes
     as (file, None, ...). Raises `UserError`."""
     root = Path(root)
-    for name in ("test", "val") if split == "test" else (split,):
+    for name in ("test", "val") if split == "test" else (split,):  # pix2pix's sets have only val
         masks = {f.stem: f for f in common.list_pictures(root / f"{name}_mask")} if (
             root / f"{name}_mask").is_dir() else None
         if (root / f"{name}_img").is_dir():
@@ -458,17 +463,11 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         epoch, i = divmod(n, len(self.files))
-        i = shuffled(len(self.files), common.mix(self.args.seed, "epoch", epoch))[i]
+        i = common.shuffled(len(self.files), common.mix(self.args.seed, "epoch", epoch))[i]
         return *load_pair(self.files[i], self.args), i, common.mix(self.args.seed, "spoil", n)
 
     def __len__(self):
         return len(self.files)
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cut.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
 
 
 # ---- Self-supervision (Sec. III-B1, Fig. 4): W(x, y), as wrong as W(x, r) will be ---------------
@@ -535,7 +534,7 @@ class SpoiltW:
 
 
 def random_batch(args, device):
-    """(x, y, y_seg, W) of noise, shaped and laid out as in training; for bench.py."""
+    """(x, y, y_seg, W) of noise, shaped and laid out as in training; for lab/bench.py."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     x, y, W = (torch.rand(args.batch, 3, args.size, args.size).mul(2).sub(1) for _ in "xyW")
     return [t.to(device, memory_format=layout) for t in (x, y, (y[:, :1] > 0).float(), W)]
@@ -546,11 +545,11 @@ def random_batch(args, device):
 # =============================================================================================
 
 
-def train_step(m, x, y, y_seg, W, args, rng=None, average=lambda *nets: None):
+def train_step(m, x, y, y_seg, W, args, rng=None):
     """One update of D, then one of N, on x, y, W (B, 3, H, W), y_seg (B, 1, H, W).
 
     W is W(x, y), corrupted. Returns losses by name. A term of weight 0 is not computed. rng is
-    not needed: nothing is drawn here. average: gradients over processes.
+    not needed: nothing is drawn here.
     """
     N, D, losses = m.N, m.D, {}
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
@@ -562,11 +561,10 @@ def train_step(m, x, y, y_seg, W, args, rng=None, average=lambda *nets: None):
         with autocast():  # no layer of D mixes pictures, so real and fake can share one pass
             pairs = torch.cat([torch.cat([x, x]), torch.cat([y_hat.detach(), y])], dim=1)
             logits_fake, logits_real = D(pairs).split([len(x), len(x)])
-        losses["D"] = (common.non_saturating(logits_fake, False)
-                       + common.non_saturating(logits_real, True))      # Eq. (7), D's side
+        losses["D"] = (non_saturating(logits_fake, False)
+                       + non_saturating(logits_real, True))             # Eq. (7), D's side
         m.opt_D.zero_grad(set_to_none=True)
         losses["D"].backward()
-        average(D)
         m.opt_D.step()
 
     # ---- N: rebuild y, fool the new D, and find the foreground --------------------------------
@@ -582,7 +580,7 @@ def train_step(m, x, y, y_seg, W, args, rng=None, average=lambda *nets: None):
         D.requires_grad_(False)              # it judges here, and learned above
         with autocast():
             logits = D(torch.cat([x, y_hat], dim=1))
-        losses["GAN"] = common.non_saturating(logits, True)             # Eq. (7), N's side
+        losses["GAN"] = non_saturating(logits, True)                    # Eq. (7), N's side
     if args.w6:
         losses["tv"] = tv_loss(y_hat)
     if seg is not None:
@@ -591,7 +589,6 @@ def train_step(m, x, y, y_seg, W, args, rng=None, average=lambda *nets: None):
     m.opt_N.zero_grad(set_to_none=True)
     total_loss(losses, args).backward()
     D.requires_grad_(True)
-    average(N)
     m.opt_N.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -601,18 +598,14 @@ def train_step(m, x, y, y_seg, W, args, rng=None, average=lambda *nets: None):
 # =============================================================================================
 
 
-def rate(step, total, decay_from):  # same as cut.py: rate
-    """Learning-rate factor: 1, then linearly towards 0 over the rest of the run."""
-    constant = int(decay_from * total)
-    return 1.0 if step < constant else (total - step) / (total - constant + 1)
-
-
 def data_folder(args):
-    return common.find_data(args.data, LAYOUT, lambda: toy.ensure("sketches", args.size))
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("sketches", args.size)
+
+    return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
 
 
 def train(args):
-    """Train and score; returns (the scores, the last grid's columns)."""
     run = Run("segin", args)
     root = data_folder(args)
     data = Pairs(root, args)
@@ -630,28 +623,11 @@ def train(args):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(m, show, args))
         for optimiser, lr in ((m.opt_N, args.lr), (m.opt_D, args.lr_D)):
-            optimiser.param_groups[0]["lr"] = lr * rate(step, total, args.decay_from)
+            optimiser.param_groups[0]["lr"] = lr * common.rate(step, total, args.decay_from)
         W = spoilt(x, y, pairs, seeds)
-        run.log(train_step(m, x, y, y_seg, W, args, run.rng(), run.average_gradients))
-    columns = sample_columns(m, show, args)
-    run.save_samples(columns)
-    scores = truth_scores(m, root, args, run.device) if args.data == "toy" else []
-    run.finish(scores)
-    return scores, columns
-
-
-def train_ablations(args):
-    """Tab. II: every variant for the same steps; a table (toy world) and a strip of outputs."""
-    folder, rows, strip = Path(args.run_folder), {}, {}
-    for name, change in ABLATIONS.items():
-        label = "SEGIN" if name == "none" else f"w/o {name}"
-        print(f"---- {label} ----", flush=True)
-        rows[label], columns = train(common.variant(args, name, change))
-        strip = strip or {k: columns[k] for k in ("x", "r", "W(x, r)")}
-        strip[label] = columns["N(x, W)"]
-    common.save_grid(folder / "ablation.png", strip)
-    print(f"\nwrote {folder}/ablation.png")
-    common.save_ablation(folder, rows)
+        run.log(train_step(m, x, y, y_seg, W, args, run.rng()))
+    run.save_samples(sample_columns(m, show, args))
+    run.finish(truth_scores(m, root, args, run.device) if args.data == "toy" else [])
 
 
 # =============================================================================================
@@ -680,13 +656,18 @@ def translate_all(m, X, R, args):
 
 
 def test_pictures(root, args, device, limit=None):
-    """{'x', 'y', 'r'}: (N, 3, size, size) each, of the test split (or training, if there is none).
+    """{'x', 'y', 'r'}: (N, 3, size, size) each, of the split --split.
 
-    limit: that many, evenly spaced. r is another test photo: on toy data the next one, for which
+    Where there is neither test nor val, the training pictures stand in, and a printed line says so.
+    limit: that many, evenly spaced. r is another photo of them: on toy data the next one, for which
     the truth is drawn; else half the list away, because neighbours are often alike.
     """
-    has_test = any((Path(root) / d).is_dir() for d in ("test", "val", "test_img", "val_img"))
-    files = find_pairs(root, "test" if has_test else "train", args.direction)
+    split = args.split
+    if split == "test" and not any((Path(root) / d).is_dir()
+                                   for d in ("test", "val", "test_img", "val_img")):
+        print(f"{root} has no test pictures: these are training pictures")
+        split = "train"
+    files = find_pairs(root, split, args.direction)
     away = 1 if args.data == "toy" else max(1, len(files) // 2)
     chosen = range(0, len(files), max(1, len(files) // limit) if limit else 1)[:limit]
     pairs = [load_pair(files[i], args) for i in chosen]
@@ -706,15 +687,18 @@ def sample_columns(m, show, args):
 
 def truth_scores(m, root, args, device):
     """Scores against the toy world's true answers, beside the trivial ones'."""
+    toy, metrics = common.lab("toy", "--data toy"), common.lab("metrics", "--data toy")
     test = test_pictures(root, args, device)
-    names = sorted(f.name for f in (root / "test_img").iterdir())
-    truth = torch.stack([common.to_tensor(common.open_rgb(root / "test_truth" / f)) for f in names])
-    part = torch.stack([(common.to_tensor(common.open_rgb(root / "test_part" / f))[0] + 1) * 127.5
-                        for f in names]).round()
+
+    def drawn(kind):
+        return torch.stack([common.to_tensor(common.open_rgb(f))
+                            for f in common.list_pictures(root / f"{args.split}_{kind}")])
+
+    truth, part = drawn("truth"), ((drawn("part")[:, 0] + 1) * 127.5).round()
     x, y, r, truth = (t.to(device) for t in (test["x"], test["y"], test["r"], truth))
     y_hat, W = translate_all(m, x, r, args)
     scores = toy.sketch_scores(*(t.cpu() for t in (x, y_hat, truth, part, r, W)))
-    far = functools.partial(common.feature_distance, scoring_vgg(args, device))
+    far = functools.partial(metrics.feature_distance, scoring_vgg(args, device))
     scores.append({"name": "distance to the truth in VGG features", "better": "lower",
                    "value": far(y_hat, truth), "trivial": {"W itself": far(W, truth)}})
     again, W_own = translate_all(m, x, y, args)
@@ -730,7 +714,7 @@ def truth_scores(m, root, args, device):
 
 def scoring_vgg(args, device):
     """VGG-19 of --vgg with the five layers that LPIPS reads (its own are one convolution on)."""
-    return common.VGG19([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
+    return common.VGG([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
 
 
 def load_networks(args, device):
@@ -764,10 +748,11 @@ def translate_files(args):
 
 def perceptual(args, device):
     """distance(a, b) -> float for --evaluate; `UserError` if AlexNet's weights cannot be had."""
+    metrics = common.lab("metrics", "--evaluate")
     if args.lpips == "vgg":
-        return functools.partial(common.feature_distance, scoring_vgg(args, device))
-    return common.lpips(device, "--lpips vgg measures with --vgg's features, not comparable with "
-                                "Tab. I")
+        return functools.partial(metrics.feature_distance, scoring_vgg(args, device))
+    return metrics.lpips(
+        device, "--lpips vgg measures with --vgg's features, not comparable with Tab. I")
 
 
 def evaluate(args):
@@ -813,54 +798,14 @@ def table_one(m, test, args, device, inputs=100, samples=20, ref_inputs=200, ref
         y = test["y"][i:i + 1]
         to_photo.append(distance(out(i, y), y.to(device)))
     name = "LPIPS" if args.lpips == "alex" else f"VGG distance ({args.vgg})"
-    fid = common.fid(fakes, test["y"].split(1), device, args.fid_weights)
+    fid = common.lab("metrics", "--evaluate").fid(
+        fakes, test["y"].split(1), device, args.fid_weights)
     return [{"name": f"FID ({n} outputs, {n} photos, 299x299)", "value": fid, "better": "lower"},
             {"name": f"{name}, diversity ({len(between)} pairs)", "value": mean(between),
              "better": "higher"},
             {"name": f"{name} (ref) ({len(to_reference)} pairs)", "value": mean(to_reference),
              "better": "lower"},
             {"name": f"{name} (gt) ({n} pairs)", "value": mean(to_photo), "better": "lower"}]
-
-
-def match_figure(args):
-    """Figs. 3 and 4 as match.png: where each block of W comes from, and what training sees.
-
-    Every place of r has a colour; "match" shows x in the colours of the places it took its blocks
-    from. With --weights the output too. Prints the time of the match and of N.
-    """
-    device = common.pick_device(args.device)
-    show = test_pictures(data_folder(args), args, device, limit=6)
-    m = load_networks(args, device) if args.weights else build(args, device)
-    x, r, y = show["x"], show["r"], show["y"]
-    xi, own = m.match(x, r), m.match(x, y)
-    step = x.shape[-1] // xi.shape[-1]
-    across = torch.linspace(-1, 1, xi.shape[-1], device=device)
-    places = torch.stack([across.expand(len(across), -1), across[:, None].expand(-1, len(across)),
-                          -across.expand(len(across), -1)])
-    places = places.repeat_interleave(step, 1).repeat_interleave(step, 2).expand_as(x)
-    rng = torch.Generator().manual_seed(args.seed)
-    spoilt = torch.stack([corrupt(one.cpu(), rng, args) for one in own]).to(device)
-    columns = {"x": x, "r": r, "places of r": places, "match": rebuild(places, xi, step),
-               "W(x, r)": rebuild(r, xi, step)}
-    if args.weights:
-        columns["N(x, W)"] = translate(m, x, r, args)[0]
-    columns |= {"own photo y": y, "W(x, y)": rebuild(y, own, step),
-                "corrupted": rebuild(y, spoilt, step)}
-    path = Path(args.out or args.run_folder) / "match.png"
-    common.save_grid(path, columns)
-    one, other, W = x[:1], r[:1], columns["W(x, r)"][:1]
-    m.N.eval()
-    with torch.no_grad():
-        for name, work in (("match", lambda: auxiliary(one, other, m.match)),
-                           ("N", lambda: m.N(one, W))):
-            seconds = []
-            for _ in range(6):  # the first one warms up
-                start = time.perf_counter()
-                work()[0].flatten()[0].item()  # waits for the GPU
-                seconds.append(time.perf_counter() - start)
-            print(f"{name}: {1000 * min(seconds[1:]):.1f} ms for one {args.size}x{args.size} "
-                  f"picture on {device.type}")
-    print(f"wrote {path}")
 
 
 # =============================================================================================
@@ -872,12 +817,8 @@ def main(argv=None):
     args = get_args(argv)
     if args.translate:
         translate_files(args)
-    elif args.figure:
-        match_figure(args)
     elif args.evaluate:
         evaluate(args)
-    elif args.ablation == "all":
-        train_ablations(args)
     else:
         train(args)
 

@@ -68,12 +68,13 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils import parametrizations, parametrize
 
 import common
-import toy
-from common import InstanceNorm, Run, UserError
+from common import InstanceNorm, Run, UserError, full, rate, shuffled
 
 LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/; optional train_inst/ test_inst/) "
           "with pictures and label maps of the same names, Cityscapes' leftImg8bit/ gtFine/, or "
           "ADE20K's images/ annotations/")
+KNOWN = {"ade20k": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip")}
 
 # =============================================================================================
 # 1. Configuration
@@ -146,7 +147,6 @@ def get_args(argv=None):
     add("--z-seed", type=int, default=0, help="--translate with this random z, without --exemplar")
     add("--inst", default=None, metavar="PATH", help="instance map(s) of --translate, for --edges")
     add("--encoder-weights", default=None, metavar="FILE", help="the authors' latest_net_E.pth")
-    add("--figure", choices=["uniform"], help="draw Fig. 2.3 and stop")
     add("--segmenter", default=None, metavar="FILE",
         help="segmentation net of --evaluate; trained on the real pictures if FILE is not there")
     add("--segmenter-steps", type=int, default=600, help="updates of that training")
@@ -265,7 +265,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, h):
         if not (self.training and dist.is_initialized()):
             return super().forward(h)                # one process: the same function, fused
-        h = common.full(h)
+        h = full(h)
         moments = torch.stack([h.mean((0, 2, 3)), h.square().mean((0, 2, 3))])
         mu, square = all_reduce(moments) / dist.get_world_size()              # Eq. (2.2)
         var = (square - mu.square()).clamp(min=0)                             # Eq. (2.3)
@@ -464,7 +464,7 @@ class Encoder(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.leaky_relu(norm(conv(x)), 0.2)
         x = x.flatten(1)                                                  # (B, 8192)
-        return common.full(self.mu(x)), common.full(self.logvar(x))
+        return full(self.mu(x)), full(self.logvar(x))
 
 
 class Discriminator(nn.Module):
@@ -563,7 +563,7 @@ def build(args, device):
     for net in vars(m).values():
         init_weights(net, args.init)
     if args.lambda_vgg > 0:  # CHOICE (code): pictures in [-1, 1] as they are
-        m.vgg = common.VGG19(VGG_TAPS, args.vgg, normalise=False)
+        m.vgg = common.VGG(VGG_TAPS, args.vgg, normalise=False)
     for net in vars(m).values():
         net.to(device, memory_format=torch.channels_last if args.channels_last
                else torch.contiguous_format)
@@ -584,13 +584,23 @@ VGG_TAPS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1
             "relu5_1": 1.0}
 
 
+def hinge(logits, real):
+    """D's side of Sec. 2.6, the hinge loss: mean max(0, 1 - D) if `real`, else max(0, 1 + D)."""
+    return F.relu(1 - full(logits) if real else 1 + full(logits)).mean()
+
+
+def hinge_generator(logits):
+    """G's side of Sec. 2.6: -mean D."""
+    return -full(logits).mean()
+
+
 def feature_matching(fakes, reals):
     """pix2pixHD's feature matching: mean over scales of sum over layers of mean |fake - real|.
 
     fakes, reals: [[activation (B, C, H, W)]] per scale and layer, the logits left out. Reals are
     targets: no gradient reaches them.
     """
-    losses = [(common.full(fake) - common.full(real).detach()).abs().mean()
+    losses = [(full(fake) - full(real).detach()).abs().mean()
               for scales in zip(fakes, reals, strict=True)
               for fake, real in zip(*scales, strict=True)]
     return torch.stack(losses).sum() / len(fakes)
@@ -600,7 +610,7 @@ def perceptual(vgg, x_hat, x):
     """Sum over VGG_TAPS of weight * mean |V(x_hat) - V(x)|; no gradient reaches x."""
     with torch.no_grad():
         targets = vgg(x)
-    return torch.stack([weight * (common.full(v) - common.full(targets[tap])).abs().mean()
+    return torch.stack([weight * (full(v) - full(targets[tap])).abs().mean()
                         for (tap, v), weight in zip(vgg(x_hat).items(), VGG_TAPS.values(),
                                                     strict=True)]).sum()
 
@@ -624,19 +634,26 @@ FOLDERS = [  # pictures, label maps, instance maps, for {split}; tried in this o
     ("{}_img", "{}_label", "{}_inst"),
     ("leftImg8bit/{}", "gtFine/{}", "gtFine/{}"),
     ("images/{}", "annotations/{}", "annotations_instance/{}")]
-SPLITS = {"train": ("train", "training"),
-          "test": ("test", "val", "validation", "train", "training")}  # the first that is there
+SPLITS = {"train": ("train", "training"), "test": ("test", "val", "validation"),
+          "val": ("val", "validation")}  # the first that is there
 SUFFIX = re.compile("_(leftImg8bit|gtFine_(labelIds|instanceIds))$")
 
 
 def find_pairs(root, split, edges=False):
-    """[Pair] of 'train' or 'test', sorted by name; `UserError` for what does not match."""
+    """[Pair] of 'train', 'test' or 'val', sorted by name; `UserError` for what does not match.
+
+    Where there is no test split, the training pictures stand in, and a printed line says so.
+    """
     for name in SPLITS[split]:
         for folders in FOLDERS:
             image, label, inst = (Path(root) / f.format(name) for f in folders)
             if image.is_dir() and label.is_dir():
                 return match(image, label, inst if edges else None)
-    raise UserError(f"{root}: no pictures with label maps; expected {LAYOUT}")
+    if split == "test":
+        pairs = find_pairs(root, "train", edges)
+        print(f"{root} has no test pictures: these are training pictures")
+        return pairs
+    raise UserError(f"{root}: no {split} pictures with label maps; expected {LAYOUT}")
 
 
 def match(image, label, inst):
@@ -749,14 +766,8 @@ class LabelledPictures(torch.utils.data.Dataset):
         return len(self.pairs)
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cut.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
-
-
 def random_batch(args, device):
-    """(labels, edges, x) of noise, shaped and laid out as in training; for bench.py."""
+    """(labels, edges, x) of noise, shaped and laid out as in training; for measuring a step."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     shape = args.batch, args.height, args.size
     x = torch.rand(shape[0], 3, *shape[1:]).mul(2).sub(1).to(device, memory_format=layout)
@@ -769,11 +780,11 @@ def random_batch(args, device):
 # =============================================================================================
 
 
-def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
+def train_step(m, labels, edges, x, args, rng):
     """One update of G (with E) and of D on labels (B, H, W), edges and pictures x (B, 3, H, W).
 
     Both move from one forward pass of G and one of D. Returns losses by name.
-    rng: CPU generator of the noise in z. average: gradients over processes.
+    rng: CPU generator of the noise in z.
     """
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
     label_map, losses, L_KLD = LabelMap(labels, edges, channels(args)[0]), {}, []
@@ -795,7 +806,7 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     # ---- what G's losses say about each pixel of x_hat ----------------------------------------
     # WHY stop at x_hat: VGG's maps are freed before D makes its own, D's weights get no gradient
     # from G's losses, and D's update below reads the same pass with x_hat as a constant.
-    leaf = common.full(x_hat.detach()).requires_grad_()   # collects the gradient in leaf.grad
+    leaf = full(x_hat.detach()).requires_grad_()   # collects the gradient in leaf.grad
     if args.lambda_vgg > 0:
         with autocast():
             losses["VGG"] = perceptual(m.vgg, leaf, x)
@@ -808,7 +819,7 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     def over_scales(loss, side, *real):      # CHOICE (code): the mean, where pix2pixHD sums
         return torch.stack([loss(scale[-1], *real) for scale in side]).mean()
 
-    losses["GAN"] = over_scales(common.hinge_generator, fakes)
+    losses["GAN"] = over_scales(hinge_generator, fakes)
     L_G = losses["GAN"]
     if args.lambda_fm > 0:
         losses["FM"] = feature_matching([s[:-1] for s in fakes], [s[:-1] for s in reals])
@@ -816,16 +827,14 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
     L_G.backward(inputs=[leaf], retain_graph=True)
 
     # ---- D: real above 1, fake below -1 -------------------------------------------------------
-    losses["D"] = over_scales(common.hinge, fakes, False) + over_scales(common.hinge, reals, True)
+    losses["D"] = over_scales(hinge, fakes, False) + over_scales(hinge, reals, True)
     losses["D"].backward(inputs=list(m.D.parameters()))
-    average(m.D)
     m.opt_D.step()
 
     # ---- G and E: the gradient goes on from x_hat ---------------------------------------------
     del outs, fakes, reals
     grad = leaf.grad.to(x_hat.dtype)
     torch.autograd.backward([x_hat, *L_KLD], [grad, *[None] * len(L_KLD)])
-    average(m.G, *([m.E] if args.input == "encoder" else []))
     m.opt_G.step()
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -835,19 +844,16 @@ def train_step(m, labels, edges, x, args, rng, average=lambda *nets: None):
 # =============================================================================================
 
 
-def rate(step, total, decay_from):  # same as cut.py: rate
-    """Learning-rate factor: 1, then linearly towards 0 over the rest of the run (Sec. 2.6)."""
-    constant = int(decay_from * total)
-    return 1.0 if step < constant else (total - step) / (total - constant + 1)
-
-
 def data_folder(args):
-    return common.find_data(args.data, LAYOUT, lambda: toy.ensure("scenes", args.size))
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("scenes", args.size)
+
+    return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
 
 
 def train(args):
     root = data_folder(args)
-    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
+    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", args.split))
     check_pairs(pairs, args)
     check_pairs(held_out, args)
     run = Run("spade", args)
@@ -863,11 +869,11 @@ def train(args):
     for step, (labels, edges, x) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(m, show, args, run.device))
-        factor = rate(step, total, args.decay_from) * args.lr
+        factor = rate(step, total, args.decay_from) * args.lr          # Sec. 2.6
         m.opt_G.param_groups[0]["lr"] = factor * (0.5 if args.ttur else 1)
         m.opt_D.param_groups[0]["lr"] = factor * (2 if args.ttur else 1)
         rng = torch.Generator().manual_seed(common.mix(args.seed, step, run.rank))
-        run.log(train_step(m, labels, edges, x, args, rng, run.average_gradients))
+        run.log(train_step(m, labels, edges, x, args, rng))
     run.save_samples(sample_columns(m, show, args, run.device))
     run.finish(truth_scores(m, root, args, run.device)
                if args.data == "toy" and run.rank == 0 else [])
@@ -917,6 +923,13 @@ def random_style(n, seed, args):
     return z.expand(n, -1)
 
 
+def random_styles(n, args):
+    """n different z from the prior, or None where G reads none."""
+    if args.input == "segmap":
+        return None
+    return torch.cat([random_style(1, seed, args) for seed in range(n)])
+
+
 def sample_columns(m, show, args, device):
     """Columns of a sample grid: m, x, and G(m) in the styles there are."""
     labels, edges, x = show
@@ -953,80 +966,17 @@ def load_networks(args, device):
             m.E = parts["E"] = Encoder(args.ngf, args.z, args.encoder_side, args.spectral)
         common.load_parts(parts, state["parts"], args.weights)
     else:
-        m.G = released_generator(state, args)
+        released = common.lab("released", "--weights with the authors' file")
+        m.G = released.spade(state, args.weights, args)
         if args.encoder_weights:
-            m.E = released_encoder(common.load_file(args.encoder_weights), args)
+            m.E = released.spade_encoder(common.load_file(args.encoder_weights),
+                                         args.encoder_weights)
     for net in vars(m).values():
         net.to(device).eval().requires_grad_(False)
         for layer in list(net.modules()):  # WHY: W / sigma is then computed once, not every call
             if parametrize.is_parametrized(layer):
                 parametrize.remove_parametrizations(layer, "weight")
     return m
-
-
-BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
-RENAMED = [  # the authors' names -> ours, for G and E; norm_s has the statistics of norm_0
-    (r"^(head_0|G_middle_\d|up_\d)\.", lambda found: f"blocks.{BLOCKS.index(found[1])}."),
-    (r"norm_([01])\.param_free_norm", r"norm_\1"),
-    (r"norm_([01s])\.mlp_shared\.0", r"spade_\1.shared"), (r"norm_([01s])\.mlp_", r"spade_\1."),
-    (r"^conv_img", "to_rgb"), (r"^fc_mu", "mu"), (r"^fc_var", "logvar"),
-    (r"^layer(\d)\.0", lambda found: f"convs.{int(found[1]) - 1}"),
-    (r"weight_orig$", "parametrizations.weight.original"),
-    (r"weight_([uv])$", r"parametrizations.weight.0._\1")]
-
-
-def rename(state):
-    """A released state dict under our names: gamma and beta come from one convolution here."""
-    renamed = {}
-    for key, value in state.items():
-        if not re.search(r"norm_s\.param_free_norm|num_batches_tracked", key):
-            for pattern, name in RENAMED:
-                key = re.sub(pattern, name, key)
-            renamed[key] = value
-    for key in [k for k in renamed if ".gamma." in k]:
-        pair = renamed.pop(key), renamed.pop(key.replace(".gamma.", ".beta."))
-        renamed[key.replace(".gamma.", ".gamma_beta.")] = torch.cat(pair)
-    return renamed
-
-
-def released_generator(state, args):
-    """The authors' latest_net_G.pth -> G. Sizes come from its shapes and are written to args."""
-    try:
-        first, fc = state["head_0.norm_0.mlp_shared.0.weight"], state["fc.weight"]
-        m_channels, args.kernel, args.hidden = first.shape[1], first.shape[2], first.shape[0]
-        args.ngf = len(state["head_0.conv_0.bias"]) // 16
-        args.upsampling = "most" if "up_4.conv_0.bias" in state else args.upsampling
-        args.norm = ("syncbatch" if "head_0.norm_0.param_free_norm.running_mean" in state
-                     else "instance")
-        args.input, args.generator, args.spectral = "segmap", "spade", True
-        if fc.dim() == 2:
-            args.input, args.z = "encoder", fc.shape[1]
-        if args.labels is None or channels(args)[1] != m_channels:
-            known = {151: "ade20k", 36: "cityscapes", 184: "coco"}.get(m_channels)
-            preset = KINDS.get(known, {"labels": m_channels, "edges": False, "unlabelled": None})
-            vars(args).update({"unlabelled": None, "edges": False} | preset)
-            print(f"{args.weights}: {m_channels} channels of labels"
-                  + (f", taken for {known}'s" if known else ""))
-        G = generator(args)
-        tracked = {k: v for k, v in G.state_dict().items() if k.endswith("num_batches_tracked")}
-        G.load_state_dict(rename(state) | tracked)
-    except (AttributeError, KeyError, TypeError, RuntimeError, IndexError):
-        raise UserError(f"{args.weights}: neither a checkpoint of spade.py nor a generator "
-                        "released by the authors (latest_net_G.pth), or of another --size"
-                        ) from None
-    return G
-
-
-def released_encoder(state, args):
-    """The authors' latest_net_E.pth -> E."""
-    try:
-        E = Encoder(len(state["layer1.0.weight_orig"]), len(state["fc_mu.bias"]),
-                    2 ** (2 + sum(k.endswith("weight_orig") for k in state)))
-        E.load_state_dict(rename(state))
-    except (AttributeError, KeyError, TypeError, RuntimeError):
-        raise UserError(f"{args.encoder_weights}: not an encoder released by the authors "
-                        "(latest_net_E.pth)") from None
-    return E
 
 
 def translate_files(args):
@@ -1071,87 +1021,10 @@ def translate_files(args):
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def conv_block(a, b, stride=1):
-    return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-
-
-class Segmenter(nn.Module):
-    """A small FCN (Long et al. 2015): x (B, 3, H, W) -> logits (B, classes, H, W).
-
-    CHOICE: the paper takes large published networks per data set; this one is trained on the real
-    pictures in a minute or so, and its figures compare with its own on real pictures only.
-    """
-
-    def __init__(self, classes, width=24):
-        super().__init__()
-        self.down = nn.ModuleList([
-            nn.Sequential(conv_block(3, width), conv_block(width, width)),
-            nn.Sequential(conv_block(width, 2 * width, 2), conv_block(2 * width, 2 * width)),
-            nn.Sequential(conv_block(2 * width, 4 * width, 2), conv_block(4 * width, 4 * width)),
-            nn.Sequential(conv_block(4 * width, 4 * width, 2), conv_block(4 * width, 4 * width))])
-        self.up = nn.ModuleList([conv_block(8 * width, 2 * width), conv_block(4 * width, width),
-                                 conv_block(2 * width, width)])
-        self.logits = nn.Conv2d(width, classes, 1)
-
-    def forward(self, x):
-        maps = []
-        for stage in self.down:
-            x = stage(x)
-            maps.append(x)
-        for stage, skip in zip(self.up, maps[-2::-1], strict=True):
-            x = F.interpolate(x, skip.shape[2:])
-            x = stage(torch.cat([x, skip], dim=1))
-        return self.logits(x)
-
-
 def counted(labels, args):
     """Labels with -1 where --evaluate does not count: unlabelled and --ignore."""
     skip = {*args.ignore, args.labels if apart(args) else args.unlabelled} - {None}
     return torch.where(torch.isin(labels, torch.tensor([*skip], dtype=torch.long)), -1, labels)
-
-
-def segmenter(pairs, args, device):
-    """A Segmenter from --segmenter FILE, or trained on real pictures `pairs` (and kept in FILE)."""
-    path = Path(args.segmenter) if args.segmenter else None
-    torch.manual_seed(args.seed)
-    net = Segmenter(args.labels).to(device, memory_format=torch.channels_last)
-    if path and path.exists():
-        common.load_parts({"segmenter": net}, {"segmenter": common.load_file(path)}, path)
-        return net.eval()
-    steps, batch = args.segmenter_steps, 8
-    opt = torch.optim.Adam(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
-    data = LabelledPictures(pairs, args)
-    for step in range(steps):
-        labels, _, x = zip(*(data[step * batch + i] for i in range(batch)), strict=True)
-        x, labels = torch.stack(x).to(device), counted(torch.stack(labels), args).to(device)
-        loss = F.cross_entropy(net(x), labels, ignore_index=-1)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        schedule.step()
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(net.state_dict(), path)
-    return net.eval()
-
-
-@torch.no_grad()
-def segmentation_scores(net, x, labels, args, device):
-    """(mIoU, pixel accuracy) in % of a Segmenter on pictures (N, 3, H, W) with labels (N, H, W).
-
-    Pixels are counted over all pictures; classes that occur in neither map have no IoU.
-    """
-    n, confusion = args.labels, torch.zeros(args.labels**2)
-    for picture, truth in zip(x, counted(labels, args), strict=True):
-        guess = net(picture[None].to(device))[0].argmax(0).cpu()
-        valid = truth >= 0
-        confusion += torch.bincount(truth[valid] * n + guess[valid], minlength=n * n)
-    confusion = confusion.view(n, n)
-    right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    there = confusion.sum(1) > 0
-    return (float(100 * (right / union.clamp(min=1))[there].mean()),
-            float(100 * right.sum() / confusion.sum()))
 
 
 def mean_colours(pairs, args):
@@ -1164,33 +1037,44 @@ def mean_colours(pairs, args):
 
 
 def label_scores(m, x_hat, test, pairs, args, device):
-    """mIoU and accuracy of pictures x_hat painted from the test maps, beside real ones and flat."""
+    """mIoU and accuracy in % of pictures x_hat painted from the test maps, beside real ones and
+    flat, by a small segmentation network that is trained on the real pictures `pairs`."""
+    segmenters, data = common.lab("segmenters", "--evaluate"), LabelledPictures(pairs, args)
     labels, _, x = test
     print(f"segmentation network: {args.segmenter or 'a small FCN'}, trained on the real pictures")
-    net = segmenter(pairs, args, device)
+
+    def sample(n):
+        labels, _, x = data[n]
+        return x, counted(labels, args)
+
+    net = segmenters.train(sample, args.labels, device, args.segmenter_steps, args.seed,
+                           args.segmenter)
     flat = mean_colours(pairs, args)[labels].permute(0, 3, 1, 2)
-    rows = [segmentation_scores(net, p, labels, args, device) for p in (x_hat, x, flat)]
-    return [{"name": name, "value": rows[0][i], "better": "higher",
-             "trivial": {"real pictures": rows[1][i], "mean colour per class": rows[2][i]}}
-            for i, name in enumerate(("mIoU", "accuracy"))]
+    rows = [segmenters.scores(segmenters.confusion(segmenters.segmented(net, p, device),
+                                                   counted(labels, args), args.labels))
+            for p in (x_hat, x, flat)]
+    return [{"name": name, "value": 100 * rows[0][name], "better": "higher",
+             "trivial": {"real pictures": 100 * rows[1][name],
+                         "mean colour per class": 100 * rows[2][name]}}
+            for name in ("mIoU", "accuracy")]
 
 
 def truth_scores(m, root, args, device):
     """Scores against the toy world's true answers, beside the trivial ones'."""
-    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
+    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", args.split))
     test = labels, edges, x = test_batch(held_out, args)
     paint = functools.partial(synthesise, m, labels, edges, args=args, device=device)
-    each = [random_style(1, i, args) for i in range(len(x))]              # a z for every layout
-    answers = {"z": paint(None if args.input == "segmap" else torch.cat(each))}
+    answers = {"z": paint(random_styles(len(x), args))}
     if args.input == "encoder":
         z = style(m, x, device)
         answers = {"own style": paint(z), "another's style": paint(z.roll(-1, 0))} | answers
-    return toy.scene_scores(answers, labels.numpy(), root, mean_colours(pairs, args).numpy()) + (
-        label_scores(m, next(iter(answers.values())), test, pairs, args, device))
+    scores = common.lab("toy", "--data toy").scene_scores(
+        answers, labels.numpy(), root, mean_colours(pairs, args).numpy(), args.split)
+    return scores + label_scores(m, next(iter(answers.values())), test, pairs, args, device)
 
 
 def evaluate(args):
-    """mIoU, pixel accuracy and FID (Sec. 2.4) at the training size; on toy data the truth scores.
+    """mIoU, pixel accuracy, FID (Sec. 2.4) at the training size; on toy data the truth scores.
 
     With --input encoder each picture is painted in its own style, as the code does.
     """
@@ -1200,53 +1084,16 @@ def evaluate(args):
     if args.data == "toy":
         common.print_scores(truth_scores(m, root, args, device))
         return
-    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", "test"))
+    pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", args.split))
     check_pairs(held_out, args)
     test = labels, edges, x = test_batch(held_out, args)
-    z = style(m, x, device) if hasattr(m, "E") else random_style(len(x), 0, args)
+    z = style(m, x, device) if hasattr(m, "E") else random_styles(len(x), args)
     x_hat = synthesise(m, labels, edges, z, args, device)
-    scores = label_scores(m, x_hat, test, pairs, args, device)
-    if args.fid_weights:
-        value = common.fid(x_hat.split(8), x.split(8), device, args.fid_weights)
-        scores.append({"name": f"FID ({len(x)} painted, {len(x)} real, 299x299)", "value": value,
-                       "better": "lower"})
-    common.print_scores(scores)
-
-
-@torch.no_grad()
-def uniform_figure(args):
-    """Fig. 2.3: what is painted for maps of one single label? Written as uniform.png.
-
-    One row per label; the columns are fresh generators with instance normalisation and Glorot's
-    weights (the argument needs no training), or the one of --weights. Printed for each: the mean
-    difference, in grey levels, between the pictures of two labels. 0: the label was washed away.
-    """
-    device, columns = common.pick_device(args.device), {}
-    names = [args.generator] if args.weights else GENERATORS
-    if args.labels is None:
-        args.labels = 4
-    labels = torch.arange(min(args.labels, 8)).view(-1, 1, 1).expand(-1, args.height, args.size)
-    edges = torch.zeros(len(labels), int(args.edges), args.height, args.size)
-    for name in names:
-        if args.weights:
-            m = load_networks(args, device)
-        else:
-            args.generator, args.norm, args.input, args.init = name, "instance", "segmap", "glorot"
-            torch.manual_seed(args.seed)
-            m = SimpleNamespace(G=init_weights(generator(args), args.init).to(device))
-        z = random_style(len(labels), args.z_seed, args)
-        columns[name] = synthesise(m, labels, edges, z, args, device)
-        print(f"{name}: {label_spread(columns[name]):.3g} grey levels between labels")
-    path = Path(args.out or (Path(args.weights).parent if args.weights else ".")) / "uniform.png"
-    common.save_grid(path, {"m": colour_map(labels)} | columns)
-    print(f"wrote {path}")
-
-
-def label_spread(pictures):
-    """Mean absolute difference in grey levels over all pairs of pictures (N, 3, H, W)."""
-    n = len(pictures)
-    return float(sum((pictures[i] - pictures[j]).abs().mean() for i in range(n) for j in range(i))
-                 * 127.5 / (n * (n - 1) / 2))
+    common.print_scores(label_scores(m, x_hat, test, pairs, args, device))
+    fid = common.lab("metrics", "--evaluate").fid  # last, for its network may have to be fetched
+    value = fid(x_hat.split(8), x.split(8), device, args.fid_weights)
+    common.print_scores([{"name": f"FID ({len(x)} painted, {len(x)} real, 299x299)",
+                          "value": value, "better": "lower"}])
 
 
 # =============================================================================================
@@ -1258,8 +1105,6 @@ def main(argv=None):
     args = get_args(argv)
     if args.translate:
         translate_files(args)
-    elif args.figure:
-        uniform_figure(args)
     elif args.evaluate:
         evaluate(args)
     else:

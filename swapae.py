@@ -46,6 +46,7 @@ CHOICES      The default is the authors' released code; --follow thesis sets wha
 USAGE        python swapae.py                                 # toy world, a score at the end
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
+             python -m lab.figures swapae grid --weights last.pt  # interpolate, pca, corruptions
 EXPECT       python swapae.py: 2,200 steps, 18 minutes on one CPU core (0.48 s each). The colours of
              figures follow the texture picture by step 400, those of the ground later; rims and
              rings mostly stay with the structure. Swap error 32 grey levels of 255 (colour transfer
@@ -55,13 +56,11 @@ EXPECT       python swapae.py: 2,200 steps, 18 minutes on one CPU core (0.48 s e
 import argparse
 import copy
 import functools
-import itertools
 import math
 import random
 import re
 import statistics
 import time
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,7 +70,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import toy
 from common import Run, UserError
 
 LAYOUT = "a folder of pictures, or one with train/ (and test/), or with trainA/ trainB/"
@@ -110,8 +108,7 @@ def get_args(argv=None):
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--setting", choices=list(SETTINGS), default="256", help="sizes and widths (Sec. 4.4.8)")
     add("--follow", choices=list(FOLLOW), default="code", help="where they differ, see CHOICES")
-    add("--ablation", choices=[*ABLATIONS, "all"], default="none",
-        help="train without D_patch; all: with and without, with a table and a strip")
+    add("--ablation", choices=list(ABLATIONS), default="none", help="train without D_patch")
     add("--size", type=int, default=256, help="training crop, sides in pixels (Sec. 4.4.8)")
     add("--load", type=int, default=None, help="the short side is resized to this (--size)")
     add("--batch", type=int, default=16, help="pictures per update and process, even (4.4.8: 64)")
@@ -160,8 +157,6 @@ def get_args(argv=None):
     add("--gain", type=float, nargs="+", default=[1.0], help="factors of --vector or --pca")
     add("--clone", type=int, nargs=6, default=None, metavar="PX",
         help="--translate: copy structure from the box X Y W H to TO_X TO_Y")
-    add("--figure", choices=["grid", "interpolate", "pca", "corruptions"],
-        help="Figs. 4.4, 4.7, 4.14, 4.19 of the test pictures, from --weights")
     add("--vgg", choices=["imagenet", "random"], default="imagenet",
         help="VGG and Inception of the metrics: torchvision's weights, or a random stand-in")
     add("--lpips", choices=["alex", "vgg"], default="alex",
@@ -543,6 +538,12 @@ def build(args, device):
 # =============================================================================================
 
 
+def non_saturating(logits, real):
+    """-log D or -log D_patch of logits (B, ...) if `real`, else -log(1 - D); the mean."""
+    logits = common.full(logits)
+    return F.softplus(-logits if real else logits).mean()                 # Eqs. (4.2) to (4.4)
+
+
 def random_crops(x, args, rng):
     """crops of Eq. (4.4): (B, 3, H, W) -> (B, crops, 3, patch, patch); rng: CPU generator.
 
@@ -592,8 +593,14 @@ def training_files(root):
     return files
 
 
-def test_files(root):
-    return find_pictures(root, "test") or training_files(root)
+def test_files(root, split):
+    """The pictures of that split; where there is no test split, the training ones, and a line."""
+    if files := find_pictures(root, split):
+        return files
+    if split != "test":
+        raise UserError(f"{root}: no {split} pictures; expected {LAYOUT}")
+    print(f"{root} has no test pictures: these are training pictures")
+    return training_files(root)
 
 
 def resized(file, args, rng=None):
@@ -627,25 +634,12 @@ class Pictures(torch.utils.data.Dataset):
 
     def picture(self, n):
         epoch, i = divmod(n, len(self.files))
-        order = shuffled(len(self.files), common.mix(self.args.seed, "epoch", epoch))
+        order = common.shuffled(len(self.files), common.mix(self.args.seed, "epoch", epoch))
         rng = random.Random(common.mix(self.args.seed, n))
         return resized(self.files[order[i]], self.args, rng)
 
     def __len__(self):
         return len(self.files)
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(n, seed):  # same as cut.py: shuffled
-    """A permutation of range(n) that depends on the seed alone."""
-    return random.Random(seed).sample(range(n), n)
-
-
-def random_batch(args, device):
-    """(x_D, x_G) of noise, shaped and laid out as in training; for bench.py."""
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    shape = (args.batch, 3, args.size, args.size)
-    return [torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout) for _ in "DG"]
 
 
 # =============================================================================================
@@ -667,13 +661,13 @@ def rebuild_and_swap(m, x, args):
     return rec, mix, x[-hybrids:]
 
 
-def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
+def train_step(m, x_D, x_G, args, rng, step=0):
     """One update of D and P on x_D, one of E and G on x_G, both (B, 3, H, W); losses by name.
 
-    rng: CPU generator of the crops, the same in all processes. average: gradients over processes.
+    rng: CPU generator of the crops, the same in all processes.
     step: counts from 0; every --R1-every-th step has an R1 update of D and P between the two.
     """
-    losses, gan = {}, common.non_saturating
+    losses, gan = {}, non_saturating
     autocast = functools.partial(torch.autocast, x_D.device.type, torch.bfloat16, enabled=args.amp)
     cooccur = args.lambda_cooccur > 0
 
@@ -695,7 +689,6 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
             losses["P_real"] = gan(m.P.compare(references, real), True)
             losses["P_mix"] = gan(m.P.compare(references, fake), False)
         (losses["P_real"] + losses["P_mix"]).backward()
-    average(m.D, m.P)
     m.opt_D.step()
 
     # ---- R1, on the same pictures; CHOICE (code): an update of its own -------------------------
@@ -709,7 +702,6 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
             logits = m.P.compare(m.P.features(references), m.P.features(queries))
             losses["R1_P"] = 0.5 * r1_penalty(logits, references, queries)  # CHOICE (code): 0.5
             (args.R1_every * args.lambda_patch_R1 * losses["R1_P"]).backward()
-        average(m.D, m.P)
         m.opt_D.step()
 
     # ---- E and G --------------------------------------------------------------------------------
@@ -735,7 +727,6 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
     m.opt_G.zero_grad(set_to_none=True)
     torch.autograd.backward([args.lambda_rec * losses["rec"], rec, mix],      # Sec. 4.3.4, L_total
                             [None, grad_rec, grad_mix])
-    average(m.E, m.G)
     m.opt_G.step()
     if args.ema:
         for name in "EG":
@@ -751,11 +742,13 @@ def train_step(m, x_D, x_G, args, rng, average=lambda *nets: None, step=0):
 
 
 def data_folder(args):
-    return common.find_data(args.data, LAYOUT, lambda: toy.ensure("textures", args.size))
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("textures", args.size)
+
+    return common.find_data(args.data, LAYOUT, {}, draw_toy)
 
 
 def train(args):
-    """Train and score; returns (the scores, the last grid's columns)."""
     run = Run("swapae", args)
     root = data_folder(args)
     data = Pictures(root, args)
@@ -772,28 +765,11 @@ def train(args):
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(swap_grid(in_use(m), show, show[:5], args))
-        losses = train_step(m, x_D, x_G, args, run.rng(), run.average_gradients, step)
+        losses = train_step(m, x_D, x_G, args, run.rng(), step)
         r1 |= {name: losses.pop(name) for name in r1 if name in losses}
         run.log(losses | r1)
-    columns = swap_grid(in_use(m), show, show[:5], args)
-    run.save_samples(columns)
-    scores = truth_scores(in_use(m), root, args, run.device) if args.data == "toy" else []
-    run.finish(scores)
-    return scores, columns
-
-
-def train_ablations(args):
-    """With and without D_patch for the same steps; a table (toy world) and a strip of swaps."""
-    folder, rows, strip = Path(args.run_folder), {}, {}
-    for name, change in ABLATIONS.items():
-        label = "SwapAE" if name == "none" else name
-        print(f"---- {label} ----", flush=True)
-        rows[label], columns = train(common.variant(args, name, change))
-        strip = strip or {"structure": columns["structure"]}
-        strip |= {f"{k}, {label}": columns[k] for k in list(columns)[2:4]}  # two textures
-    common.save_grid(folder / "ablation.png", strip)
-    print(f"\nwrote {folder}/ablation.png")
-    common.save_ablation(folder, rows)
+    run.save_samples(swap_grid(in_use(m), show, show[:5], args))
+    run.finish(truth_scores(in_use(m), root, args, run.device) if args.data == "toy" else [])
 
 
 # =============================================================================================
@@ -889,10 +865,7 @@ def clone(s, source, box, to):
 
 
 def load_networks(args, device):
-    """E and G from --weights: a checkpoint of this script, or the file that the authors released.
-
-    The widths of theirs are read from the shapes.
-    """
+    """E and G from --weights: a checkpoint of this script, or the file of the authors."""
     if args.weights is None:
         raise UserError("--weights FILE is needed: a last.pt of this script or the authors' file")
     state = common.load_file(args.weights)
@@ -901,71 +874,10 @@ def load_networks(args, device):
         ema = "_ema" if args.ema else ""
         common.load_parts(vars(m), {k: state["parts"].get(k + ema) for k in "EG"}, args.weights)
     else:
-        m = released(state, args.weights)
+        released = common.lab("released", "--weights with a released file")
+        m = SimpleNamespace(**dict(zip("EG", released.swapae(state, args.weights), strict=True)))
     for net in vars(m).values():
         net.to(device).eval()
-    return m
-
-
-# The authors' names -> ours. Blocks of a list are numbered in their order (theirs by resolution).
-LAYERS = {
-    "E.FromRGB": "E.from_rgb", "E.ToSpatialCode": "E.to_structure", "E.ToGlobalCode.0":
-    "E.to_texture", "G.SpatialCodeModulation.scale": "G.scale", "G.SpatialCodeModulation.bias":
-    "G.shift", "G.ToRGB": "G.to_rgb", "D.stylegan2_D.convs.0": "D.from_rgb",
-    "D.stylegan2_D.final_conv": "D.last", "D.stylegan2_D.final_linear": "D.dense",
-    "Dpatch.convs.0": "P.from_rgb", "Dpatch.convs.5": "P.block", "Dpatch.convs.6": "P.last",
-    "Dpatch.pairlinear": "P.dense"}
-LISTS = {r"E\.DownToSpatialCode\.\w+": "E.down", r"E\.DownToGlobalCode\.\w+": "E.pool",
-         r"G\.\w+Block\d+": "G.blocks", r"D\.stylegan2_D\.convs\.\w+": "D.down",
-         r"Dpatch\.convs\.\w+": "P.down"}
-
-
-def rename(state):
-    """The authors' state_dict -> {our name, with "E." and so on before it: tensor}.
-
-    Their filters and their counter are left out; additional dimensions of 1 are dropped.
-    """
-    ours, seen = {}, {}
-    for key, value in state.items():
-        if key.endswith("kernel") or "." not in key:
-            continue
-        for theirs, name in LAYERS.items():
-            if key.startswith(theirs + "."):
-                key = name + key[len(theirs):]
-        for theirs, name in LISTS.items():
-            if match := re.match(theirs, key):
-                blocks = seen.setdefault(name, [])
-                blocks += [match[0]] * (match[0] not in blocks)
-                key = f"{name}.{blocks.index(match[0])}{key[match.end():]}"
-        key = re.sub(r"\.(conv\.)?modulation\.", ".style.", key)
-        key = re.sub(r"\.(Conv|Act|conv|activate)\.(?=weight|bias)", ".", key)
-        key = key.replace(".noise.weight", ".noise")
-        ours[key] = (value[0] if value.dim() == 5 else value.flatten() if value.dim() == 4 and
-                     key.endswith("bias") else value)
-    return ours
-
-
-def released(state, path):
-    """The authors' file -> E and G, their widths read from the shapes; `UserError`."""
-    try:
-        ours = rename(state)
-
-        def widths(kind, layer):
-            keys = (f"{kind}.{i}{layer}.weight" for i in range(99))
-            return [len(ours[key]) for key in itertools.takewhile(ours.__contains__, keys)]
-
-        down, blocks = widths("E.down", ".conv2"), widths("G.blocks", ".conv1")
-        structure, texture = ours["E.to_structure.1.weight"], ours["E.to_texture.weight"]
-        codes, head = (len(structure), len(texture)), len(blocks) - len(down)
-        m = SimpleNamespace(
-            E=Encoder([len(ours["E.from_rgb.weight"]), *down, *widths("E.pool", "")],
-                      len(down), *codes),
-            G=Generator(blocks[:head], blocks[head:], *codes))
-        for name, net in vars(m).items():
-            net.load_state_dict({k[2:]: v for k, v in ours.items() if k.startswith(f"{name}.")})
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        raise UserError(f"{path}: neither a checkpoint of swapae.py nor one released by the "
-                        "authors (a state_dict with E. and G.)") from None
     return m
 
 
@@ -1074,8 +986,8 @@ def translate_files(args):
 
 
 def test_pictures(root, args, device, limit=1000):
-    """(N, 3, size, size) of the test split (else of the training pictures), evenly spaced."""
-    return opened(test_files(root), args, device, limit)
+    """(N, 3, size, size) of `test_files`, evenly spaced."""
+    return opened(test_files(root, args.split), args, device, limit)
 
 
 def swap_grid(m, structures, textures, args):
@@ -1088,154 +1000,15 @@ def swap_grid(m, structures, textures, args):
     return {label: torch.cat(column) for label, column in columns.items()}
 
 
-def figure(args):
-    """--figure, written as NAME.png beside --weights or in --out; tables are printed."""
-    device = common.pick_device(args.device)
-    m, root = load_networks(args, device), data_folder(args)
-    show = test_pictures(root, args, device, limit=6)
-    if args.figure == "grid":
-        columns = swap_grid(m, show, show, args)
-    elif args.figure == "corruptions":
-        columns = {name: change(show) for name, change in CORRUPTIONS.items()}
-    elif args.figure == "interpolate":
-        other, alphas = show.roll(-1, dims=0), (0.0, 0.25, 0.5, 0.75, 1.0)
-        columns = {"structure": show}
-        columns |= {f"alpha {a:g}": swap(m, show, other, args, a) for a in alphas}
-        columns["texture"] = other
-    else:
-        pictures = opened(training_files(root), args, device)
-        directions, deviations = principal_directions(texture_codes(m, pictures, args), 3)
-        (s, t), columns = embed(m, show, args), {"picture": show}
-        for k in range(len(directions)):
-            for gain in (-2, 2):
-                step = gain * deviations[k] * directions[k]
-                columns[f"PCA {k + 1}: {gain:+d}"] = paint(m, s, t + step, args)
-    path = Path(args.out or Path(args.weights).parent) / f"{args.figure}.png"
-    common.save_grid(path, columns)
-    print(f"wrote {path}")
-    if args.figure in ("corruptions", "interpolate"):
-        texture = "original" if args.figure == "corruptions" else "texture"
-        networks = metric_networks(args, device)
-        print(f"SIFID to the {texture} picture, self-similarity distance to the first column "
-              f"({args.vgg} weights)")
-        for name, pictures in columns.items():
-            print(f"{name}: {sifid(networks, columns[texture], pictures):.4g} "
-                  f"{self_similarity(networks, show, pictures):.4g}")
-
-
 # ---- Metrics (Sec. 4.4.2, 4.4.4, 4.4.11) ---------------------------------------------------------
 
 
-def metric_networks(args, device):
-    """What `sifid` and `self_similarity` look through: the first layers of torchvision's
-    inception_v3 and vgg16, frozen. `UserError` when their weights cannot be had."""
-    from torchvision.models import Inception_V3_Weights, VGG16_Weights
-    from torchvision.models.inception import BasicConv2d
-    from torchvision.models.vgg import cfgs, make_layers
-
-    inception = nn.Sequential(OrderedDict(
-        Conv2d_1a_3x3=BasicConv2d(3, 32, kernel_size=3, stride=2),
-        Conv2d_2a_3x3=BasicConv2d(32, 32, kernel_size=3),
-        Conv2d_2b_3x3=BasicConv2d(32, 64, kernel_size=3, padding=1),
-        maxpool1=nn.MaxPool2d(3, 2),
-        Conv2d_3b_1x1=BasicConv2d(64, 80, kernel_size=1),
-        Conv2d_4a_3x3=BasicConv2d(80, 192, kernel_size=3)))
-    nets = SimpleNamespace(inception=inception, vgg=make_layers(cfgs["D"][:-1]))
-    rng = torch.Generator().manual_seed(16)
-    for net, source, prefix in ((nets.inception, Inception_V3_Weights.IMAGENET1K_V1, ""),
-                                (nets.vgg, VGG16_Weights.IMAGENET1K_V1, "features.")):
-        if args.vgg == "random":
-            for layer in net.modules():
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=rng)
-        else:
-            try:
-                state = source.get_state_dict(progress=True, check_hash=True)
-            except (OSError, RuntimeError) as error:
-                cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
-                raise UserError(f"--vgg imagenet: cannot download {source.url} ({error}); put "
-                                f"that file at {cache}, or use --vgg random") from None
-            net.load_state_dict({k: state[prefix + k] for k in net.state_dict()
-                                 if prefix + k in state})  # old files lack BatchNorm's counters
-        net.to(device).eval().requires_grad_(False)
-    return nets
-
-
-@torch.no_grad()
-def sifid(networks, a, b):
-    """Single-image FID (Shaham et al. 2019) of pictures (B, 3, H, W) in [-1, 1], the mean.
-
-    Frechet distance of the two pictures' Inception features before the second pooling, 192
-    numbers per place: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-    """
-    total = 0.0
-    for pair in zip(a, b, strict=True):
-        f, g = (networks.inception(x[None])[0].flatten(1).cpu().double() for x in pair)
-        C_a, C_b = torch.cov(f), torch.cov(g)                              # f: (192, places)
-        values, vectors = torch.linalg.eigh(C_a)
-        root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
-        mixed = torch.linalg.eigvalsh(root @ C_b @ root).clamp(min=0).sqrt().sum()
-        total += float((f.mean(1) - g.mean(1)).square().sum() + C_a.trace() + C_b.trace()
-                       - 2 * mixed)
-    return total / len(a)
-
-
-@torch.no_grad()
-def self_similarity(networks, a, b, side=32):
-    """Self-similarity distance (Kolkin et al. 2019) of (B, 3, H, W) in [-1, 1], the mean.
-
-    Colours and nine VGG-16 layers at up to side^2 places; D holds the cosine distances between
-    all places of a picture, columns scaled to sum 1; places x mean |D_a - D_b|.
-    """
-    taps = (1, 3, 6, 8, 11, 13, 15, 22, 29)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(a) for v in
-                 ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    def distances(x):
-        size = [min(side, n) for n in x.shape[2:]]
-        maps, x = [x], ((x + 1) / 2 - mean) / std
-        for i, layer in enumerate(networks.vgg[:taps[-1] + 1]):
-            x = layer(x)
-            if i in taps:
-                maps.append(x)
-        f = torch.cat([F.interpolate(f, size, mode="bilinear") for f in maps], dim=1)
-        f = F.normalize(f.flatten(2), dim=1)                               # (1, C, places)
-        D = 1 - f.transpose(1, 2) @ f
-        return D / D.sum(1, keepdim=True)
-
-    gaps = [(distances(p[None]) - distances(q[None])).abs().mean() * min(side, a.shape[2])
-            * min(side, a.shape[3]) for p, q in zip(a, b, strict=True)]
-    return float(sum(gaps)) / len(a)
-
-
-def shift(x, part=8):
-    """Moves pictures by an eighth of their sides, mirroring what enters."""
-    h, w = (n // part for n in x.shape[2:])
-    return F.pad(x, (w, 0, h, 0), mode="reflect")[:, :, :x.shape[2], :x.shape[3]]
-
-
-def rotate(x, degrees=20):
-    """Turns pictures, mirroring what enters."""
-    a = math.radians(degrees)
-    turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
-    grid = F.affine_grid(turn.expand(len(x), 2, 3).to(x), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-
-
-def blur(x, radius=2):
-    """Two box filters of 2 radius + 1 pixels."""
-    for _ in range(2):
-        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, 1)
-    return x
-
-
-def white_noise(x, deviation=0.3):
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    return (x + deviation * noise.to(x)).clamp(-1, 1)
-
-
-CORRUPTIONS = {"original": lambda x: x, "shift": shift, "rotation": rotate, "blur": blur,
-               "noise": white_noise}                                       # Fig. 4.19
+def texture_and_structure(args, device):
+    """SIFID and the self-similarity distance, each a function of two batches -> float."""
+    metrics = common.lab("metrics", "--evaluate")
+    return (functools.partial(metrics.sifid, metrics.sifid_network(args.vgg, device)),
+            functools.partial(metrics.self_similarity,
+                              metrics.self_similarity_network(args.vgg, device)))
 
 
 def stacked(root, folder, device):
@@ -1245,7 +1018,8 @@ def stacked(root, folder, device):
 
 def truth_scores(m, root, args, device):
     """Scores of swaps with the next picture's texture against the toy world's true answers."""
-    x, y = stacked(root, "test", device), stacked(root, "test_truth", device)
+    toy = common.lab("toy", "--data toy")
+    x, y = (stacked(root, f"{args.split}{kind}", device) for kind in ("", "_truth"))
     other = x.roll(-1, dims=0)
     y_hat = torch.cat([swap(m, *pair, args) for pair in zip(x.split(1), other.split(1),
                                                             strict=True)])
@@ -1267,12 +1041,13 @@ def evaluate(args):
     if len(x) < 2:
         raise UserError(f"--evaluate: two or more test pictures are needed in {root}")
     away = 1 if args.data == "toy" else len(x) // 2       # neighbours are often video frames
-    other, networks = x.roll(-away, dims=0), metric_networks(args, device)
+    other, metrics = x.roll(-away, dims=0), common.lab("metrics", "--evaluate")
+    sifid, self_similarity = texture_and_structure(args, device)
     if args.lpips == "alex":
-        distance = common.lpips(device, "--lpips vgg measures with --vgg's features instead")
+        distance = metrics.lpips(device, "--lpips vgg measures with --vgg's features instead")
     else:
-        vgg = common.VGG19([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
-        distance = functools.partial(common.feature_distance, vgg)
+        vgg = common.VGG([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
+        distance = functools.partial(metrics.feature_distance, vgg)
     again, mix, seconds = [], [], {"embedding": [], "hybrid": []}
     for p, q in zip(x.split(1), other.split(1), strict=True):
         start = time.perf_counter()
@@ -1297,17 +1072,17 @@ def evaluate(args):
          "value": float((again - x).abs().mean()),
          "trivial": {"another picture": float((other - x).abs().mean())}},
         {"name": f"SIFID of swaps to the texture ({kind})", "better": "lower",
-         "value": sifid(networks, mix, other),
-         "trivial": {"copy the structure": sifid(networks, x, other)}},
+         "value": sifid(mix, other),
+         "trivial": {"copy the structure": sifid(x, other)}},
         {"name": f"self-similarity distance of swaps to the structure ({kind})", "better": "lower",
-         "value": self_similarity(networks, mix, x),
-         "trivial": {"copy the texture": self_similarity(networks, other, x)}}]
+         "value": self_similarity(mix, x),
+         "trivial": {"copy the texture": self_similarity(other, x)}}]
     for what, times in seconds.items():
         scores.append({"name": f"{what}, seconds on {device.type}", "better": "lower",
                        "value": statistics.median(times)})
     common.print_scores(scores)
     if args.data != "toy" or args.fid_weights:  # last, because its network may have to be fetched
-        value = common.fid(mix.split(1), x.split(1), device, args.fid_weights)
+        value = metrics.fid(mix.split(1), x.split(1), device, args.fid_weights)
         common.print_scores([{"name": f"FID ({n} swaps, {n} structure pictures, 299x299)",
                               "value": value, "better": "lower"}])
 
@@ -1321,12 +1096,8 @@ def main(argv=None):
     args = get_args(argv)
     if args.translate:
         translate_files(args)
-    elif args.figure:
-        figure(args)
     elif args.evaluate:
         evaluate(args)
-    elif args.ablation == "all":
-        train_ablations(args)
     else:
         train(args)
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures
 from PIL import Image
 
 import common
 import init
-import toy
+from lab import metrics, toy
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -304,12 +305,13 @@ def test_every_term_of_the_objective_and_all_gradients(share):
     freeze_adam(m)
     grads_D = {}
 
-    def average(*judges):  # the gradients of each D, before the other half clears them
-        if judges[0] in (m.D_X, m.D_Y):
-            grads_D.update({p: p.grad.clone() for D in judges for p in D.parameters()})
+    def keep(optimiser, *_):  # the gradients of each D, before the other half clears them
+        grads_D.update({p: p.grad.clone() for p in optimiser.param_groups[0]["params"]
+                        if p.grad is not None})
 
+    m.opt_D.register_step_pre_hook(keep)
     torch.manual_seed(5)
-    losses = init.train_step(m, batch, args, rng(), average)
+    losses = init.train_step(m, batch, args, rng())
     grads = {p: p.grad for p in [*m.G_X.parameters(), *m.G_Y.parameters()]} | grads_D
     torch.manual_seed(5)
     terms, losses_D = naive_terms(m, batch, args, not share)
@@ -507,19 +509,19 @@ def test_missing_or_broken_boxes(folder, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def village(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "d2n"
-    toy.day2night(out, n=8, size=64, n_test=8)
+    toy.draw("day2night", out, n=8, size=64, n_test=8)
     return out
 
 
 def test_toy_layout_and_boxes(village):
     table = json.loads((village / "boxes.json").read_text())
-    assert len(table) == 8 * 4
+    assert len(table) == 8 * 6
     for name, things in table.items():
         assert (village / name).exists()
         assert [t["label"] for t in things] == ["hut", "lantern", "animal"]
         for x0, y0, x1, y1 in (t["box"] for t in things):
             assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64
-    found = init.read_boxes(village, common.find_split(village, "train", "A", ""))
+    found = init.read_boxes(village, common.find_split(village, "train", "A"))
     assert len(found) == 8
 
 
@@ -539,6 +541,18 @@ def test_toy_objects_shine_by_night_and_the_rest_is_dark(village):
         assert np.median(np.ptp(hues, axis=0)) < 0.35
 
 
+def test_scores_of_the_chosen_split(village, monkeypatch):
+    seen = []
+    monkeypatch.setattr(toy, "night_scores", lambda x, r, y_hat, y, boxes: seen.append((x, boxes)))
+    args = tiny_args("--split", "val")
+    args.data, (m, table) = "toy", (init.build(args, CPU),
+                                    json.loads((village / "boxes.json").read_text()))
+    init.truth_scores(m.G_X, m.G_Y, village, args, CPU)
+    (x, boxes), = seen
+    assert torch.equal(x[3], common.to_tensor(common.open_rgb(village / "valA/0003.png")))
+    assert boxes == [table[f"valA/{i:04d}.png"] for i in range(8)]
+
+
 def test_toy_pairs_share_a_night(village):
     sky = [np.asarray(Image.open(village / f"testB/{i:04d}.png"))[:4] for i in range(8)]
     sky = [v.mean((0, 1)) / v.mean((0, 1)).sum() for v in sky]
@@ -547,7 +561,7 @@ def test_toy_pairs_share_a_night(village):
     assert max(same) < 0.08 < max(other)
 
 
-def test_toy_scores_by_hand():
+def test_toy_scores_by_hand(tmp_path):
     x, y = np.zeros((1, 3, 8, 8)), np.zeros((1, 3, 8, 8))
     y[:, :, 2:4, 2:4], y[:, :, 6:] = 1, -1
     boxes = [[{"box": [2, 2, 4, 4], "label": "hut"}]]
@@ -557,13 +571,13 @@ def test_toy_scores_by_hand():
     assert outside["trivial"]["copy the input"] == pytest.approx(127.5 * 16 / 60)
     assert outside["trivial"]["copy the reference"] == 0 == outside["value"]
     with pytest.raises(ValueError, match="n_test"):
-        toy.day2night("nowhere", n=1, n_test=3)
+        toy.draw("day2night", tmp_path / "nowhere", n=1, n_test=3)
 
 
 def test_toy_is_drawn_once_and_the_same(tmp_path, village):
     folder = toy.ensure("day2night", 16, root=tmp_path, n=2)
     assert toy.ensure("day2night", 16, root=tmp_path, n=2) == folder
-    toy.day2night(tmp_path / "again", n=2, size=64, n_test=2)
+    toy.draw("day2night", tmp_path / "again", n=2, size=64, n_test=2)
     for name in ("trainA/0001.png", "testB/0001.png"):
         assert (tmp_path / "again" / name).read_bytes() == (village / name).read_bytes()
 
@@ -592,6 +606,7 @@ def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
     assert_same(a["parts"], b["parts"])
 
 
+@pytest.mark.slow
 def test_processes_agree_when_only_one_has_objects(folder, tmp_path):
     """Batch 1 of two: some steps have no crops in one process; both must end with equal weights."""
     flags = ["--data", str(folder), *TINY, "--batch", "1", "--no-share-discriminator",
@@ -652,78 +667,10 @@ def test_direction_swaps_the_networks(trained):
             assert_same(dict(net.state_dict()), dict(parts[name]))
 
 
-def released(G, old=False):
-    """G's weights under MUNIT's keys, written down from the layout of its gen_*.pt."""
-    state = {}
-
-    def put(name, layer):
-        leaves = ("gamma", "beta") if isinstance(layer, init.LayerNorm) else ("weight", "bias")
-        state.update({f"{name}.{leaf}": getattr(layer, leaf).detach().clone() for leaf in leaves})
-
-    for i in range(5):
-        put(f"enc_style.model.{i}.conv", G.style_encoder[2 * i])
-    put("enc_style.model.6", G.style_encoder[11])
-    for i in range(3):
-        put(f"enc_content.model.{i}.conv", G.content_encoder[3 * i])
-    for b, block in enumerate(G.blocks):
-        body = G.content_encoder[9 + b].body
-        for i, layer in enumerate((body[1], body[5])):
-            put(f"enc_content.model.3.model.{b}.model.{i}.conv", layer)
-            if old:
-                state[f"enc_content.model.3.model.{b}.model.{i}.norm.running_mean"] = torch.ones(1)
-        for i, layer in enumerate((block.conv1, block.conv2)):
-            name = f"dec.model.0.model.{b}.model.{i}"
-            state |= {f"{name}.norm.running_{k}": torch.ones(1) for k in ("mean", "var")}
-            put(f"{name}.conv", layer)
-    for i, k in ((2, 1), (4, 5)):
-        put(f"dec.model.{i}.norm", G.up[k + 1])
-        put(f"dec.model.{i}.conv", G.up[k])
-    put("dec.model.5.conv", G.up[8])
-    for i in range(3):
-        put(f"mlp.model.{i}.fc", G.mlp[2 * i])
-    return state
-
-
-def test_released_layout_at_full_width():
-    state = released(init.Generator())
-    assert len(state) == 82 and sum("running" not in k for k in state) == 66
-    assert state["mlp.model.2.fc.weight"].shape == (4096, 256)
-    assert state["enc_style.model.6.weight"].shape == (8, 256, 1, 1)
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_loads_munits_generators(folder, tmp_path, old):
-    nets = {k: init.Generator(4, 5, 6, 2) for k in "ab"}
-    torch.save({k: released(G, old) for k, G in nets.items()}, tmp_path / "gen.pt")
-    args = init.get_args(["--data", ".", "--weights", str(tmp_path / "gen.pt")])
-    G_X, G_Y = init.load_generators(args, CPU)
-    x = torch.rand(1, 3, 32, 32)
-    assert args.style_dim == 5 and torch.equal(G_X.content(x), nets["a"].content(x))
-    c, s = G_X.content(x), torch.randn(1, 5)
-    assert torch.equal(G_Y.decode(c, s), nets["b"].decode(c, s))
-    run("--translate", folder / "testA/0.png", "--weights", tmp_path / "gen.pt", "--styles", 2,
-        "--out", tmp_path / "out")
-    assert Image.open(tmp_path / "out/0.png").size == (96, 40)
-
-
-def test_inception_scores_against_a_loop():
-    p = torch.softmax(torch.randn(3, 4, 2).double(), 2)
-
-    def divergence(a, b):
-        return sum(float(u) * np.log(float(u) / float(v)) for u, v in zip(a, b, strict=True))
-
-    IS = np.mean([divergence(p[i, j], p.mean((0, 1))) for i in range(3) for j in range(4)])
-    CIS = np.mean([divergence(p[i, j], p[i].mean(0)) for i in range(3) for j in range(4)])
-    scores = init.inception_scores(p)
-    assert scores["IS"] == pytest.approx(np.exp(IS)) and scores["CIS"] == pytest.approx(np.exp(CIS))
-    sure = torch.eye(2)[None].repeat(5, 1, 1)  # both domains from every input
-    assert init.inception_scores(sure) == {"IS": pytest.approx(2), "CIS": pytest.approx(2)}
-
-
 def test_evaluate_names_its_networks(trained, folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(init, "INPUTS", 2)
-    monkeypatch.setattr(init, "domain_classifier", partial(init.domain_classifier, steps=5))
+    monkeypatch.setattr(metrics, "domain_classifier", partial(metrics.domain_classifier, steps=5))
     flags = ["--evaluate", "--weights", trained / "last.pt", "--data", folder]
     run(*flags, "--lpips", "random")
     out = capsys.readouterr().out
@@ -735,55 +682,20 @@ def test_evaluate_names_its_networks(trained, folder, monkeypatch, capsys, tmp_p
 
 
 def test_lpips_without_weights_is_one_line(trained, folder, monkeypatch, capsys):
-    import torchmetrics.image.lpip as lpip
+    pytest.importorskip("torchmetrics", reason="pip install -r lab/requirements.txt")
 
-    def no_network(net_type):
+    def no_network(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(lpip, "LearnedPerceptualImagePatchSimilarity", no_network)
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_network)
     line = run_fails(capsys, "--evaluate", "--weights", trained / "last.pt", "--data", folder)
     assert "--lpips random" in line and "no network" in line
-
-
-def test_untrained_distance_is_a_distance():
-    d, name = init.perceptual_distance(tiny_args("--lpips", "random"), CPU)
-    a, b = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
-    assert d(a, a) == 0 < d(a, b) == pytest.approx(d(b, a)) and "UNTRAINED" in name
-
-
-def test_inception_is_used_when_its_weights_are_at_hand(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    (tmp_path / "hub/checkpoints/inception_v3_google-0cc3c7bd.pth").write_text("weights")
-    import torchvision.models
-
-    class Inception(nn.Sequential):
-        def __init__(self, weights, transform_input):
-            super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2048))
-            self.fc = nn.Linear(2048, 1000)
-
-        def forward(self, x):
-            assert x.shape[-1] == 299
-            return self.fc(self[2](self[1](self[0](x))))
-
-    monkeypatch.setattr(torchvision.models, "inception_v3", Inception)
-    classify, name = init.domain_classifier(folder, tiny_args(), CPU, steps=2)
-    assert name.startswith("Inception V3")
-    assert torch.allclose(classify(torch.rand(2, 3, 40, 40)).sum(1), torch.ones(2))
-
-
-def test_small_classifier_tells_day_from_night(village):
-    classify, _ = init.domain_classifier(village, tiny_args(), CPU, steps=40)
-    for i, side in enumerate("AB"):
-        files = common.find_split(village, "test", side, "")
-        x = torch.stack([common.to_tensor(common.open_rgb(f)) for f in files])
-        assert (classify(x)[:, i] > 0.5).all()
 
 
 def test_evaluate_on_toy_data_repeats_the_score(village, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(init, "data_folder", lambda args: village)
     monkeypatch.setattr(init, "INPUTS", 1)
-    monkeypatch.setattr(init, "domain_classifier", partial(init.domain_classifier, steps=5))
+    monkeypatch.setattr(metrics, "domain_classifier", partial(metrics.domain_classifier, steps=5))
     run("--data", "toy", *TINY[2:], "--size", 32, "--steps", 1, "--out", tmp_path / "run")
     trained = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     capsys.readouterr()
@@ -819,10 +731,11 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
 # ---- learning ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learns_the_toy_world(tmp_path, monkeypatch):
     """A tenth of the toy run at half the size: every reconstruction improves; objects are closer
     to the truth than the reference's, the background than after one change of colours."""
-    toy.day2night(tmp_path / "toy", n=20, size=32, n_test=4)
+    toy.draw("day2night", tmp_path / "toy", n=20, size=32, n_test=4)
     monkeypatch.setattr(init, "data_folder", lambda args: tmp_path / "toy")
     run("--size", 32, "--load", 32, "--object-size", 16, "--min-box", 3, "--steps", 100,
         "--dis-layers", 2, "--ngf", 8, "--ndf", 8, "--device", "cpu", "--lr", 2e-3,

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from helpers import assert_same, error_of, interrupted
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import pix2pixsc as sc
-import toy
+from lab import metrics, toy
+from lab.toy import clips, disk, world
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--ngf", "2", "--ndf", "2", "--blocks", "1", "--downs", "2", "--batch", "2",
-        "--vgg", "random", "--workers", "0", "--device", "cpu", "--log-every", "1"]
+        "--vgg", "random", "--vgg-layers", "3", "--workers", "0", "--device", "cpu", "--log-every",
+        "1"]
 KINDS = {"ids": "png", "picture": "png", "landmarks": "txt"}
 CPU = torch.device("cpu")
 
@@ -211,7 +214,7 @@ def test_adaptive_semantic_in_a_mixed_batch(flags):
 
 
 def test_semantic_weights_are_those_of_vgg_at_any_size():
-    V = common.VGG19([f"relu{i}_1" for i in range(1, 6)], "random", normalise=False)
+    V = common.VGG([f"relu{i}_1" for i in range(1, 6)], "random", normalise=False)
     maps = list(V(torch.zeros(2, 3, 48, 64)).values())
     consistent = torch.tensor([True, False])
     deep = torch.tensor([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1])
@@ -237,7 +240,8 @@ def test_feature_matching():
 # ---- the step -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags, style", [([], 1.0), ([], 0.3), ([], 0.0), (["--w", "paper"], 1.0),
+@pytest.mark.parametrize("flags, style", [(["--vgg-layers", "5"], 1.0), ([], 0.3), ([], 0.0),
+                                          (["--w", "paper"], 1.0),
                                           (["--lambda-FM", "10"], 1.0),
                                           (["--ablation", "L_SC"], 1.0),
                                           (["--ablation", "L_SCAdv"], 1.0)])
@@ -245,7 +249,7 @@ def test_step_is_the_gradient_of_the_objective(flags, style, float64):
     """All gradients of one step, against Eqs. (3) to (7) written down in one place."""
     args = tiny_args(*flags, "--lr", "0")
     m = sc.build(args, CPU)
-    m.V = m.V or common.VGG19(["relu1_1"], "random", normalise=False)
+    m.V = m.V or common.VGG(["relu1_1"], "random", normalise=False)
     double(m)
     x, z, F_I, I, y_S, y_N, consistent = batch = double_batch(args)
     losses = sc.train_step(m, *batch, args, None, style=style)
@@ -591,14 +595,7 @@ def run(*flags):
 
 
 def run_fails(capsys, *flags):
-    """The script's one-line error and exit code 2, without a traceback."""
-    with pytest.raises(SystemExit) as stop:
-        common.entry(lambda: run(*flags))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert not any("Traceback" in line for line in lines)
-    assert ": error: " in lines[-1]
-    return lines[-1]
+    return error_of(capsys, sc.main, *flags)
 
 
 @pytest.fixture
@@ -634,59 +631,44 @@ def test_trains_translates_and_evaluates_every_kind(kind, flat, tmp_path, capsys
 def test_resumed_run_is_bit_identical(data, tmp_path):
     flags = ["--data", data, *TINY, "--steps", 4]
     run(*flags, "--out", tmp_path / "whole")
-    step, calls = sc.train_step, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), 2)  # Ctrl-C in the second step
-        return step(*args)
-
-    sc.train_step = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, "--out", tmp_path / "parts")
-    finally:
-        sc.train_step = step
-    assert len(calls) == 2
+    interrupted(sc, lambda: run(*flags, "--out", tmp_path / "parts"))
     run("--data", data, "--workers", 0, "--out", tmp_path / "parts", "--resume")
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert a["step"] == b["step"] == 4
     assert_same(a["parts"], b["parts"])
 
 
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+RANK = """
+import sys, torch, common, pix2pixsc
+save = common.Run.save
+def keep(run):
+    save(run)
+    states = {n: run.parts[n].state_dict() for n in ("G", "D_R", "D_SC")}
+    torch.save(states, run.folder / f"rank{run.rank}.pt")
+common.Run.save = keep
+pix2pixsc.main(sys.argv[1:])
+"""
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(data, tmp_path):
     flags = ["--data", str(data), *TINY, "--steps", "3", "--labels", "3"]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", "pix2pixsc.py", *flags, "--out",
-                          str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE="2",
+               MASTER_PORT=str(20000 + os.getpid() % 20000))
+    two = [sys.executable, "-c", RANK, *flags, "--out", str(tmp_path / "two")]
+    jobs = [subprocess.Popen(two, cwd=ROOT, env=dict(env, RANK=str(rank))) for rank in range(2)]
     run(*flags, "--batch", 4, "--out", tmp_path / "one")
-    one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True)["parts"]
-                for n in ("one", "two"))
+    assert [job.wait() for job in jobs] == [0, 0]
+    first, second = (torch.load(tmp_path / f"two/rank{rank}.pt") for rank in range(2))
+    assert_same(first, second)
+    one = torch.load(tmp_path / "one/last.pt", weights_only=True)["parts"]
     start = sc.build(sc.get_args(flags), CPU)
     for net in ("G", "D_R", "D_SC"):
         moved, apart = 0.0, 0.0
         for key, was in getattr(start, net).state_dict().items():
             if "bias" not in key:  # a bias before a norm gets rounding errors for a gradient
                 moved += float((one[net][key] - was).abs().sum())
-                apart += float((one[net][key] - two[net][key]).abs().sum())
+                apart += float((one[net][key] - first[net][key]).abs().sum())
         assert moved > 0 and apart < 0.02 * moved, net
 
 
@@ -749,17 +731,24 @@ def test_loads_the_authors_generators(tmp_path, kind, L):
 
 def test_accuracies_against_loops():
     rng = np.random.default_rng(0)
-    truth, found = rng.integers(0, 4, (2, 3, 8, 9))
-    truth[truth == 2] = 3  # class 2 does not occur
+    truth, found = rng.integers(0, 5, (2, 3, 8, 9))
+    truth[truth == 2] = 3  # class 2 does not occur, but is found in places: IoU 0
+    found[found == 4] = truth[truth == 4] = 1  # class 4: in neither
     t, f = truth.ravel(), found.ravel()
     known = t != 3
-    classes = [c for c in range(4) if ((t == c) & known).any()]
-    of_class = [((f == c) & (t == c) & known).sum() / ((t == c) & known).sum() for c in classes]
+    there = [c for c in range(5) if ((t == c) & known).any()]
+    either = [c for c in range(5) if (((t == c) | (f == c)) & known).any()]
+    assert (there, either) == ([0, 1], [0, 1, 2, 3])
+    of_class = [((f == c) & (t == c) & known).sum() / ((t == c) & known).sum() for c in there]
     iou = [((f == c) & (t == c) & known).sum() / ((((f == c) | (t == c)) & known).sum())
-           for c in classes]
-    expected = ((f == t) & known).sum() / known.sum(), np.mean(of_class), np.mean(iou)
-    assert sc.accuracies(torch.tensor(found), torch.tensor(truth), 4, 3) == pytest.approx(expected)
-    assert sc.accuracies(torch.tensor(truth), torch.tensor(truth), 4) == (1, 1, 1)
+           for c in either]
+    args = tiny_args("--labels", "5", "--unlabelled", "3")
+    found, truth = (torch.tensor(v, dtype=torch.uint8) for v in (found, truth))
+    assert sc.accuracies(found, truth, args) == {
+        "per-pixel accuracy": pytest.approx(((f == t) & known).sum() / known.sum()),
+        "per-class accuracy": pytest.approx(np.mean(of_class)),
+        "class IoU": pytest.approx(np.mean(iou))}
+    assert set(sc.accuracies(truth, truth, tiny_args("--labels", "5")).values()) == {1.0}
 
 
 def test_endpoint_error():
@@ -794,9 +783,8 @@ def test_evaluate(trained, data, tmp_path, monkeypatch, capsys):
         seen.update(fakes=torch.cat(list(fakes)), reals=torch.cat(list(reals)))
         return 12.5
 
-    train_parser = sc.train_parser
-    monkeypatch.setattr(sc, "train_parser", lambda *a: train_parser(*a, steps=2, batch=2))
-    monkeypatch.setattr(common, "fid", fid)
+    monkeypatch.setattr(sc, "PARSER_STEPS", 2)
+    monkeypatch.setattr(metrics, "fid", fid)
     flags = ["--evaluate", "--weights", trained / "last.pt", "--data", data]
     run(*flags, "--out", tmp_path / "e", "--vgg", "random")
     text = capsys.readouterr().out
@@ -812,18 +800,6 @@ def test_evaluate(trained, data, tmp_path, monkeypatch, capsys):
         (tmp_path / f"p/{i:05d}.png").write_bytes(x.label.read_bytes())
     run(*flags, "--out", tmp_path / "e", "--vgg", "random", "--predicted", tmp_path / "p")
     assert f"per-pixel accuracy, {tmp_path / 'p'}: 1 " in capsys.readouterr().out
-
-
-def test_ablation_writes_a_table_and_a_strip(data, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(common, "save_ablation", lambda folder, rows: seen.update({folder: rows}))
-    run("--data", data, *TINY, "--steps", 1, "--ablation", "all", "--out", tmp_path / "all")
-    assert seen == {tmp_path / "all": {  # no truth in a folder, no scores
-        "G, all": [], "without L_SC": [], "without L_SCAdv": [], "without adaptive": []}}
-    strip = Image.open(tmp_path / "all/ablation.png")
-    assert strip.width > 7 * 32  # x, I, four variants, z
-    config = json.loads((tmp_path / "all/L_SCAdv/config.json").read_text())
-    assert config["lambda_1"] == 0 and config["lambda_2"] == 10
 
 
 def test_user_errors_are_one_line(data, trained, tmp_path, capsys):
@@ -877,13 +853,13 @@ def test_bad_landmarks_are_named(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def toy_clips(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "clips"
-    toy.clips(out, n=3, size=32, n_test=2)
+    toy.draw("clips", out, n=3, size=32, n_test=2)
     return out
 
 
 def test_toy_layout(toy_clips):
     names = [f"{t:04d}.png" for t in range(toy.CLIP_FRAMES)]
-    for split, count in (("train", 3), ("test", 2)):
+    for split, count in (("train", 3), ("test", 2), ("val", 2)):
         for kind, mode in (("img", "RGB"), ("label", "P")):
             folder = toy_clips / f"{split}_{kind}"
             assert sorted(f.name for f in folder.iterdir()) == [f"{c:04d}" for c in range(count)]
@@ -891,30 +867,31 @@ def test_toy_layout(toy_clips):
                 assert sorted(f.name for f in clip.iterdir()) == names
                 assert (Image.open(clip / names[0]).mode, Image.open(clip / names[0]).size) == (
                     mode, (32, 32))
-    assert toy.is_complete(toy_clips, toy.describe("clips", 3, 32, 0))
+    assert disk.is_complete(toy_clips, disk.describe("clips", 3, 32, 0))
     frames = sc.find_frames(toy_clips, "train", sc.get_args([]))
     assert [f.name for f in frames] == [f"{c:04d}/{t:04d}" for c in range(3) for t in range(12)]
 
 
 def test_toy_clips_move_and_keep_their_style():
-    clips = [toy.sample_clip(np.random.default_rng([5, i])) for i in range(30)]
-    assert len({c.style for c in clips}) == 30
-    assert {c.style.coat for c in clips} == set(toy.COATS)
-    assert {c.style.daylight for c in clips} == set(toy.DAYLIGHT)
-    for clip in clips[:5]:
-        labels = [np.asarray(toy.clip_label(clip, t, 32)) for t in range(toy.CLIP_FRAMES)]
+    drawn = [clips.sample_clip(np.random.default_rng([5, i])) for i in range(30)]
+    assert len({c.style for c in drawn}) == 30
+    assert {c.style.coat for c in drawn} == set(toy.COATS)
+    assert {c.style.daylight for c in drawn} == set(world.DAYLIGHT)
+    for clip in drawn[:5]:
+        labels = [np.asarray(clips.clip_label(clip, t, 32)) for t in range(toy.CLIP_FRAMES)]
         changed = [(a != b).mean() for a, b in itertools.pairwise(labels)]
         assert min(changed) > 0.01
         assert (labels[0] != labels[-1]).mean() > 0.1
 
 
 def test_toy_style_never_touches_the_label_map():
-    clips = [toy.sample_clip(np.random.default_rng([6, i])) for i in range(6)]
-    for a, b in itertools.pairwise(clips):
-        label = np.asarray(toy.clip_label(a, 4, 32))
+    drawn = [clips.sample_clip(np.random.default_rng([6, i])) for i in range(6)]
+    for a, b in itertools.pairwise(drawn):
+        label = np.asarray(clips.clip_label(a, 4, 32))
         same = dataclasses.replace(a, style=b.style)
-        assert np.array_equal(label, np.asarray(toy.clip_label(same, 4, 32)))
-        pictures = [np.asarray(toy.clip_picture(a, 4, 32, c.style), dtype=float) for c in (a, b)]
+        assert np.array_equal(label, np.asarray(clips.clip_label(same, 4, 32)))
+        pictures = [np.asarray(clips.clip_picture(a, 4, 32, c.style)).astype(float)
+                    for c in (a, b)]
         assert np.abs(pictures[0] - pictures[1]).mean() > 5
         bars = label == len(toy.LABELS)
         assert bars[:2].all() and bars[-2:].all() and bars.sum() == 4 * 32
@@ -927,6 +904,11 @@ def test_toy_answers(toy_clips):
     other = toy.clip_answer(toy_clips, "0001/0003", "0000/0009")
     assert other.tobytes() != own.tobytes()
     assert other.tobytes() == toy.clip_answer(toy_clips, "0001/0003", "0000/0001").tobytes()
+    test = sc.Tests(toy_clips, sc.get_args([*TINY, "--split", "val"]), CPU, limit=2)
+    (x, exemplar), _ = test.pairs
+    assert x.image.is_relative_to(toy_clips / "val_img") and exemplar.clip != x.clip
+    answer = toy.clip_answer(toy_clips, x.name, exemplar.name, "val")
+    assert torch.equal(test.answers()[0], common.to_tensor(answer))
 
 
 def test_toy_style_error_against_loops():
@@ -947,6 +929,7 @@ def test_toy_style_error_against_loops():
 # ---- learning -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learns_to_paint_new_layouts_in_the_exemplars_colours(tmp_path):
     """Two flat colours per clip, rectangles that move, black bars. Where x and F(I) differ, G is
     nearer to the truth than the exemplar is, and than the mean picture."""

@@ -20,7 +20,8 @@ from PIL import Image
 
 import common
 import segin
-import toy
+from lab import metrics, toy
+from lab.toy import disk
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--ngf", "4", "--ndf", "4", "--downs", "2", "--batch", "2", "--vgg",
@@ -53,7 +54,7 @@ def noise(*shape, seed=0):
 def drawn(tmp_path_factory):
     """The toy data set, small: a folder in the sketch / img / mask layout."""
     out = tmp_path_factory.mktemp("toy") / "sketches"
-    toy.sketches(out, n=5, size=32, n_test=4)
+    toy.draw("sketches", out, n=5, size=32, n_test=4)
     return out
 
 
@@ -102,7 +103,7 @@ def test_toy_preset_is_small_and_the_weights_stay():
                                            ("relu4_1", 8), ("relu5_4", 16)])
 def test_delta_is_what_vgg_does(layer, pixels):
     args = tiny_args("--match-layer", layer)
-    features = common.VGG19([layer], "random")(torch.zeros(1, 3, 32, 32))[layer]
+    features = common.VGG([layer], "random")(torch.zeros(1, 3, 32, 32))[layer]
     assert segin.delta(args) == pixels == 32 // features.shape[2]
 
 
@@ -507,12 +508,14 @@ def test_gradient_routing():
     m = segin.build(args, CPU)
     grads = {}
 
-    def watch(*nets):
-        grads["N" if nets[0] is m.N else "D"] = {
+    def watch(learner):
+        grads["N" if learner is m.N else "D"] = {
             name: [None if p.grad is None else p.grad.clone() for p in net.parameters()]
             for name, net in (("N", m.N), ("D", m.D), ("vgg", m.vgg), ("match", m.match))}
 
-    segin.train_step(m, *segin.random_batch(args, CPU), args, average=watch)
+    for optimiser, net in ((m.opt_D, m.D), (m.opt_N, m.N)):
+        optimiser.register_step_pre_hook(lambda *_, net=net: watch(net))
+    segin.train_step(m, *segin.random_batch(args, CPU), args)
     assert all(g is None for g in grads["D"]["N"])           # D's step leaves N alone
     assert all(g is not None for g in grads["D"]["D"])
     for was, now in zip(grads["D"]["D"], grads["N"]["D"], strict=True):
@@ -580,6 +583,9 @@ def test_side_by_side_pairs_are_the_same_data(drawn, side_by_side):
     back = segin.Pairs(side_by_side, tiny_args("--direction", "BtoA"))
     assert torch.equal(back[0][0], other[0][1]) and torch.equal(back[0][1], other[0][0])
     assert len(segin.find_pairs(side_by_side, "test", "AtoB")) == 4  # val/ stands in for test/
+    args = tiny_args("--split", "val")
+    assert torch.equal(segin.test_pictures(side_by_side, args, CPU)["x"],
+                       segin.test_pictures(drawn, tiny_args(), CPU)["x"])
 
 
 def test_foreground_is_what_is_not_white(tmp_path):
@@ -611,6 +617,36 @@ def test_test_references_are_other_photos(drawn):
                        show["y"].roll(-1, dims=0))
     few = segin.test_pictures(drawn, args, CPU, limit=2)
     assert torch.equal(few["x"], show["x"][[0, 2]]) and torch.equal(few["r"], show["y"][[1, 3]])
+
+
+def test_pictures_of_the_chosen_split(drawn, tmp_path, capsys):
+    val = segin.test_pictures(drawn, tiny_args("--split", "val"), CPU)
+    expected = [common.to_tensor(common.open_rgb(drawn / f"val_img/{i:04d}.png")) for i in range(4)]
+    assert torch.equal(val["y"], torch.stack(expected)) and not capsys.readouterr().out
+    for kind in ("sketch", "img"):
+        (tmp_path / f"train_{kind}").symlink_to(drawn / f"train_{kind}")
+    assert len(segin.test_pictures(tmp_path, tiny_args(), CPU)["x"]) == 5
+    assert "these are training pictures" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="no val pictures"):
+        segin.test_pictures(tmp_path, tiny_args("--split", "val"), CPU)
+
+
+def test_pix2pix_sets_are_fetched_by_name(side_by_side, tmp_path, monkeypatch):
+    asked = []
+
+    def download(addresses, folder):
+        asked.append((addresses, folder))
+        return side_by_side
+
+    monkeypatch.setattr(common, "download", download)
+    monkeypatch.chdir(tmp_path)
+    for name in ("edges2shoes", "edges2handbags"):
+        args = segin.get_args(["--data", name, *TINY])
+        assert len(segin.Pairs(segin.data_folder(args), args)) == 5
+    assert [str(folder) for _, folder in asked] == ["datasets/edges2shoes",
+                                                    "datasets/edges2handbags"]
+    place = "://efrosgans.eecs.berkeley.edu/pix2pix/datasets/edges2shoes.tar.gz"
+    assert asked[0][0] == ("https" + place, "http" + place)
 
 
 def test_random_batch_is_shaped_like_training(drawn):
@@ -646,6 +682,7 @@ def test_resumed_run_is_bit_identical(drawn, tmp_path, flags):
     assert_same(a["parts"], b["parts"])
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights_and_see_different_pairs(drawn, tmp_path):
     """Not those of one process with the doubled batch: on the CPU batch norm stays per process."""
     flags = ["--data", str(drawn), *TINY, "--steps", "2"]
@@ -660,24 +697,7 @@ def test_two_processes_end_with_the_same_weights_and_see_different_pairs(drawn, 
     assert not torch.equal(parts["N"]["to_image.0.weight"], alone["N"]["to_image.0.weight"])
 
 
-def test_ablation_all_writes_a_table_and_a_strip(drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(segin, "data_folder", lambda args: drawn)
-    run(*TINY, "--ablation", "all", "--steps", 1, "--out", tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        *segin.ABLATIONS, "ablation.md", "ablation.png"}
-    table = (tmp_path / "run/ablation.md").read_text().splitlines()
-    assert [row.split(" | ")[0].strip("| ") for row in table[2:]] == [
-        "SEGIN", "w/o gan", "w/o recon", "w/o F", "w/o tv", "w/o nonlocal", "w/o multitask",
-        "W itself", "copy the reference", "one colour per picture", "mean colour"]
-    assert table[-1] in capsys.readouterr().out
-    for name, change in segin.ABLATIONS.items():
-        config = json.loads((tmp_path / f"run/{name}/config.json").read_text())
-        assert config["ablation"] == name and change.items() <= config.items()
-    strip = Image.open(tmp_path / "run/ablation.png")
-    assert strip.width == 10 * (4 * 32 + 4) + 4  # x, r, W and seven variants
-
-
-# ---- translate, evaluate, figure --------------------------------------------------------------
+# ---- translate, evaluate ----------------------------------------------------------------------
 
 
 def test_translate_keeps_every_size(trained, drawn, tmp_path):
@@ -723,16 +743,6 @@ def test_any_matcher_will_do(drawn):
     assert torch.equal(W, show["r"][:, :, :4, :4].repeat(1, 1, 8, 8))
 
 
-def test_match_figure(trained, drawn, tmp_path, capsys):
-    run("--figure", "match", "--data", drawn, *TINY, "--out", tmp_path / "a")
-    run("--figure", "match", "--data", drawn, "--weights", trained / "last.pt", "--out",
-        tmp_path / "b")
-    widths = [Image.open(tmp_path / n / "match.png").width for n in "ab"]
-    assert widths == [n * (4 * 32 + 4) + 4 for n in (8, 9)]
-    said = capsys.readouterr().out
-    assert "match: " in said and "N: " in said and "32x32 picture on cpu" in said
-
-
 def test_evaluate_prints_table_one(trained, drawn, monkeypatch, capsys):
     seen = {}
 
@@ -740,7 +750,7 @@ def test_evaluate_prints_table_one(trained, drawn, monkeypatch, capsys):
         seen.update(fakes=list(fakes), reals=list(reals))
         return 12.5
 
-    monkeypatch.setattr(common, "fid", fid)
+    monkeypatch.setattr(metrics, "fid", fid)
     run("--evaluate", "--weights", trained / "last.pt", "--data", drawn, "--lpips", "vgg")
     said = capsys.readouterr().out
     assert "FID (4 outputs, 4 photos, 299x299): 12.5" in said
@@ -760,7 +770,7 @@ def test_table_one_counts_pairs_as_the_paper_does(monkeypatch):
 
     monkeypatch.setattr(segin, "translate", translate)
     monkeypatch.setattr(segin, "perceptual", lambda *_: lambda a, b: float((a - b).abs().mean()))
-    monkeypatch.setattr(common, "fid", lambda *_: 0.0)
+    monkeypatch.setattr(metrics, "fid", lambda *_: 0.0)
     test = {"x": photos, "y": photos, "r": photos.roll(-1, 0)}
     scores = segin.table_one(SimpleNamespace(), test, tiny_args(), CPU)
     assert [s["name"] for s in scores] == [
@@ -775,7 +785,7 @@ def test_table_one_counts_pairs_as_the_paper_does(monkeypatch):
 
 
 def test_feature_distance_is_lpips_without_weights():
-    vgg = common.VGG19(["relu1_1", "relu2_1"], "random")
+    vgg = common.VGG(["relu1_1", "relu2_1"], "random")
     a, b = noise(2, 3, 8, 8).float(), noise(2, 3, 8, 8, seed=1).float()
     total = 0.0
     for name in ("relu1_1", "relu2_1"):
@@ -786,11 +796,12 @@ def test_feature_distance_is_lpips_without_weights():
                 for j in range(f.shape[3]):
                     u, v = f[n, :, i, j], g[n, :, i, j]
                     total += float((u / u.norm() - v / v.norm()).square().sum()) / places / 2
-    assert common.feature_distance(vgg, a, b) == pytest.approx(total, rel=1e-4)
-    assert common.feature_distance(vgg, a, a) == 0
+    assert metrics.feature_distance(vgg, a, b) == pytest.approx(total, rel=1e-4)
+    assert metrics.feature_distance(vgg, a, a) == 0
 
 
 def test_lpips_is_the_papers_metric_given_alexnets_weights(monkeypatch):
+    pytest.importorskip("torchmetrics", reason="pip install -r lab/requirements.txt")
     state = torchvision.models.alexnet(weights=None).state_dict()
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict",
                         lambda *_, **__: state)
@@ -835,13 +846,13 @@ def test_user_errors_are_one_line(drawn, trained, side_by_side, tmp_path, capsys
 
     def no_network(*_, **__):
         raise OSError("no route")
-    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", no_network)
-    monkeypatch.setattr(common, "fid", lambda *_: 0.0)
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_network)
+    monkeypatch.setattr(metrics, "fid", lambda *_: 0.0)
     assert "--lpips vgg" in run_fails(capsys, "--evaluate", "--data", drawn, "--weights", weights)
 
 
 def test_bad_partners_are_named(tmp_path, capsys):
-    toy.sketches(tmp_path / "a", n=2, size=32, n_test=2)
+    toy.draw("sketches", tmp_path / "a", n=2, size=32, n_test=2)
     folder = tmp_path / "a"
     (folder / "train_mask/0001.png").unlink()
     assert "0001 has no mask" in run_fails(capsys, "--data", folder, *TINY)
@@ -871,16 +882,16 @@ def test_sketches_layout_and_determinism(drawn, tmp_path):
         for kind in names:
             files = sorted(f.name for f in (drawn / f"{split}_{kind}").iterdir())
             assert files == [f"{i:04d}.png" for i in range(5 if split == "train" else 4)]
-    toy.sketches(tmp_path / "few", n=1, size=32, n_test=4)
+    toy.draw("sketches", tmp_path / "few", n=1, size=32, n_test=4)
     for name in ("train_img/0000.png", "test_truth/0003.png"):
         assert (tmp_path / "few" / name).read_bytes() == (drawn / name).read_bytes()
-    assert toy.refuse_foreign(drawn) is None  # every file is one of ours
+    assert disk.refuse_foreign(drawn) is None  # every file is one of ours
     with pytest.raises(ValueError, match="n_test"):
-        toy.sketches(tmp_path / "one", n=1, n_test=1)
+        toy.draw("sketches", tmp_path / "one", n=1, n_test=1)
 
 
 def test_the_truth_has_the_sketchs_shape_and_the_references_colours(tmp_path):
-    toy.sketches(tmp_path / "t", n=1, size=64, n_test=4)
+    toy.draw("sketches", tmp_path / "t", n=1, size=64, n_test=4)
     x, y, truth, part = toy_arrays(tmp_path / "t")
     for i in range(4):
         other = (i + 1) % 4
@@ -903,7 +914,7 @@ def test_sketch_lines_stand_where_parts_meet(drawn):
 
 
 def test_sketch_scores_of_known_answers(tmp_path):
-    toy.sketches(tmp_path / "t", n=1, size=64, n_test=6)
+    toy.draw("sketches", tmp_path / "t", n=1, size=64, n_test=6)
     x, y, truth, part = toy_arrays(tmp_path / "t", 6)
     r, W = np.roll(y, -1, axis=0), (x + np.roll(y, -1, axis=0)) / 2
     best = {s["name"]: s for s in toy.sketch_scores(x, truth, truth, part, r, W)}
@@ -930,9 +941,10 @@ def test_sketch_scores_of_known_answers(tmp_path):
 # ---- learning ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learns_the_toy_world(tmp_path, monkeypatch):
     """150 steps repair the patchwork W and beat every trivial answer by a wide margin."""
-    toy.sketches(tmp_path / "toy", n=60, size=32, n_test=8)
+    toy.draw("sketches", tmp_path / "toy", n=60, size=32, n_test=8)
     monkeypatch.setattr(segin, "data_folder", lambda args: tmp_path / "toy")
     run("--size", 32, "--steps", 150, "--device", "cpu", "--ngf", 12, "--ndf", 8, "--lr", 2e-3,
         "--match-layer", "relu2_1", "--w2", 0, "--out", tmp_path / "run")

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import error_of
 from PIL import Image
 from torch.nn.utils import parametrize
 
-import bench
 import common
 import spade
-import toy
+from lab import metrics, released, toy
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--load", "36", "--ngf", "4", "--ndf", "4", "--hidden", "6", "--z", "5",
@@ -70,8 +70,9 @@ def folder(tmp_path):
     (["--generator", "hd-concat"], 195.5), (["--generator", "hd"], 183.0),
     (["--generator", "hd", "--ngf", "48"], 103.0)])
 def test_parameter_counts_of_table_2_3(flags, millions):
+    args = spade.get_args(["--data", "ade20k", "--no-spectral", *flags])  # which has no parameters
     with torch.device("meta"):
-        n = count(spade.generator(spade.get_args(["--data", "ade20k", *flags])))
+        n = count(spade.generator(args))
     assert n / 1e6 == pytest.approx(millions, abs=0.05 if millions == round(millions, 1) else 1e-9)
 
 
@@ -83,9 +84,9 @@ def test_parameter_counts_of_table_2_3(flags, millions):
     (["--data", "cityscapes", "--input", "encoder"], 101_136_579, 5_601_410),
     (["--data", ".", "--labels", "35"], 93_018_051, 5_599_362)])
 def test_parameter_counts_of_the_released_networks(flags, g, d):
-    args = spade.get_args(flags)
+    args = spade.get_args([*flags, "--no-spectral"])
     with torch.device("meta"):
-        G, E = spade.generator(args), spade.Encoder()
+        G, E = spade.generator(args), spade.Encoder(spectral=False)
         D = spade.MultiscaleDiscriminator(spade.channels(args)[1], args)
     assert (count(G), count(D), count(E)) == (g, d, 10_463_424)
     assert sum(isinstance(net, spade.Spade) for net in G.modules()) == (
@@ -328,31 +329,6 @@ def test_init_of_the_released_networks():
                    if k.endswith("bias"))
 
 
-# ---- Fig. 2.3 --------------------------------------------------------------------------------
-
-
-def uniform(name):
-    args = tiny_args("--generator", name, "--norm", "instance", "--init", "glorot", "--ngf", "8")
-    torch.manual_seed(0)
-    m = SimpleNamespace(G=spade.init_weights(spade.generator(args), "glorot"))
-    labels = torch.arange(4).view(4, 1, 1).expand(4, 32, 32)
-    return spade.label_spread(spade.synthesise(m, labels, torch.zeros(4, 0, 32, 32), None, args,
-                                               CPU))
-
-
-def test_instance_norm_washes_uniform_labels_away_unless_spade_brings_them():
-    """Fig. 2.3: convolution and then normalisation forgets the label; SPADE keeps it."""
-    for washed in ("hd", "hd-concat"):
-        assert uniform(washed) < 0.01
-    assert uniform("spade") > 5 and uniform("hd-spade") > 5
-
-
-def test_figure_uniform_is_drawn(tmp_path, capsys):
-    spade.main(["--figure", "uniform", *TINY, "--out", str(tmp_path)])
-    assert (tmp_path / "uniform.png").exists()
-    assert all(f"{name}: " in capsys.readouterr().out for name in ("hd-concat",))
-
-
 # ---- losses ----------------------------------------------------------------------------------
 
 
@@ -384,9 +360,9 @@ def test_reparameterised_samples_have_the_moments_and_pass_gradients():
 def test_hinge_signs():
     """D gains from real above 1 and fake below -1, nothing beyond; G gains without bound."""
     logits = torch.tensor([-3.0, 0.0, 3.0])
-    assert [float(common.hinge(p, True)) for p in logits] == [4, 1, 0]
-    assert [float(common.hinge(p, False)) for p in logits] == [0, 1, 4]
-    assert [float(common.hinge_generator(p)) for p in logits] == [3, 0, -3]
+    assert [float(spade.hinge(p, True)) for p in logits] == [4, 1, 0]
+    assert [float(spade.hinge(p, False)) for p in logits] == [0, 1, 4]
+    assert [float(spade.hinge_generator(p)) for p in logits] == [3, 0, -3]
 
 
 def test_feature_matching_is_a_sum_of_means_and_detaches_real():
@@ -404,7 +380,7 @@ def test_feature_matching_is_a_sum_of_means_and_detaches_real():
 
 
 def test_perceptual_loss_weights_and_gradient():
-    vgg = common.VGG19(spade.VGG_TAPS, "random", normalise=False)
+    vgg = common.VGG(spade.VGG_TAPS, "random", normalise=False)
     x_hat, x = (torch.rand(1, 3, 32, 32, requires_grad=True) for _ in range(2))
     loss = spade.perceptual(vgg, x_hat, x)
     a, b = vgg(x_hat), vgg(x)
@@ -635,7 +611,7 @@ def test_other_layouts(tmp_path):
      r"train_label/2.png: expected a map of ids with one channel, found RGB"),
     (lambda d: (d / "train_label/2.png").write_bytes(b"not a picture"),
      r"train_label/2.png: not a readable picture"),
-    (lambda d: (d / "train_img").rename(d / "pictures"), r"no pictures with label maps"),
+    (lambda d: (d / "train_img").rename(d / "pictures"), r"no train pictures with label maps"),
     (lambda d: Image.new("L", (40, 36), 9).save(d / "test_label/1.png"),
      r"test_label/1.png: label ids 9 out of range")])
 def test_bad_data_is_named_before_training(folder, tmp_path, spoil, message):
@@ -672,7 +648,7 @@ def test_maps_keep_palette_indices_and_16_bits(tmp_path):
 # ---- the script as its users run it ----------------------------------------------------------
 
 
-def test_train_resume_translate_evaluate(folder, tmp_path, capsys):
+def test_train_resume_translate_evaluate(folder, tmp_path, capsys, monkeypatch):
     flags = ["--data", str(folder), *TINY, "--input", "encoder", "--edges", "--batch", "2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     spade.main([*flags, "--steps", "4", "--decay-from", "1", "--out", str(whole)])
@@ -705,32 +681,63 @@ def test_train_resume_translate_evaluate(folder, tmp_path, capsys):
         spade.main(["--translate", maps + "/0.png", "--weights", last, "--out", maps])
 
     capsys.readouterr()
-    net = str(tmp_path / "fcn.pt")
+    net, seen = str(tmp_path / "fcn.pt"), {}
+
+    def fid(fakes, reals, device, weights):
+        seen.update(fakes=torch.cat(list(fakes)), reals=torch.cat(list(reals)), weights=weights)
+        return 12.5
+
+    monkeypatch.setattr(metrics, "fid", fid)
     for _ in range(2):  # the second time the segmentation network is read
         spade.main(["--evaluate", "--weights", last, "--data", str(folder), "--segmenter", net,
-                    "--segmenter-steps", "30"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU")]
-    assert lines[0] == lines[1] and "real pictures" in lines[0]
+                    "--segmenter-steps", "30", "--fid-weights", "w.pth"])
+    lines = capsys.readouterr().out.splitlines()
+    mIoU = [line for line in lines if line.startswith("mIoU")]
+    assert mIoU[0] == mIoU[1] and "real pictures" in mIoU[0]
+    assert "FID (3 painted, 3 real, 299x299): 12.5 (lower is better)" in lines
+    args = spade.get_args(["--data", str(folder), "--weights", last])
+    m = spade.load_networks(args, CPU)
+    labels, edges, x = spade.test_batch(spade.find_pairs(folder, "test", True), args)
+    z = spade.style(m, x, CPU)
+    torch.testing.assert_close(seen["fakes"], spade.synthesise(m, labels, edges, z, args, CPU))
+    assert torch.equal(seen["reals"], x) and seen["weights"] == "w.pth"
 
-    capsys.readouterr()
-    spade.main(["--figure", "uniform", "--weights", last])
-    assert (whole / "uniform.png").exists()
 
 
+RANK = """
+import sys, torch, common, spade
+save = common.Run.save
+def keep(run):
+    save(run)
+    torch.save({n: run.parts[n].state_dict() for n in "GD"}, run.folder / f"rank{run.rank}.pt")
+common.Run.save = keep
+spade.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):
-    """Synchronised batch norm and averaged gradients: after three steps G's statistics agree."""
-    command = [sys.executable, ROOT / "spade.py", "--data", str(folder), *TINY, "--size", "64",
-               "--load", "64", "--height", "32", "--steps", "3", "--init", "glorot", "--batch"]
+    """Synchronised statistics and averaged gradients: the same weights on both, and on one."""
+    flags = ["--data", str(folder), *TINY, "--size", "64", "--load", "64", "--height", "32",
+             "--steps", "2", "--init", "glorot", "--batch"]
     env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE="2",
                MASTER_PORT=str(20000 + os.getpid() % 20000))
-    jobs = [subprocess.Popen([*command, "1", "--out", tmp_path / "two"],
-                             env=dict(env, RANK=str(rank))) for rank in range(2)]
-    spade.main([*map(str, command[2:]), "2", "--out", str(tmp_path / "one")])
+    two = [sys.executable, "-c", RANK, *flags, "1", "--out", str(tmp_path / "two")]
+    jobs = [subprocess.Popen(two, cwd=ROOT, env=dict(env, RANK=str(rank))) for rank in range(2)]
+    spade.main([*flags, "2", "--out", str(tmp_path / "one")])
     assert [job.wait() for job in jobs] == [0, 0]
-    state = [torch.load(tmp_path / run / "last.pt", weights_only=True)["parts"]["G"]
-             for run in ("one", "two")]
-    for key in ("blocks.0.norm_0.running_mean", "blocks.6.norm_1.running_var"):
-        torch.testing.assert_close(state[0][key], state[1][key], rtol=0.02, atol=1e-3)
+    first, second = (torch.load(tmp_path / f"two/rank{rank}.pt") for rank in range(2))
+    one = torch.load(tmp_path / "one/last.pt", weights_only=True)["parts"]
+    start = spade.build(spade.get_args([*flags, "2"]), CPU)
+    for net in "GD":
+        moved = apart = 0.0
+        for key, was in getattr(start, net).state_dict().items():
+            if was.is_floating_point():
+                assert torch.equal(first[net][key], second[net][key]), key
+            if key.endswith(("weight", "original")):
+                moved += float((one[net][key] - was).abs().sum())
+                apart += float((one[net][key] - first[net][key]).abs().sum())
+        assert moved > 0 and apart < 0.02 * moved, (net, apart / moved)
 
 
 def flat(state):
@@ -772,7 +779,7 @@ def official_names(G, E):
     states = {}, {}
     for key, value in G.state_dict().items():
         key = old(key)
-        for i, name in enumerate(spade.BLOCKS):
+        for i, name in enumerate(released.SPADE_BLOCKS):
             key = key.replace(f"blocks.{i}.", name + ".")
         key = key.replace("to_rgb", "conv_img")
         for j in "01s":
@@ -787,7 +794,7 @@ def official_names(G, E):
         states[0][key] = value
         if "norm_0.param_free" in key and key.split(".")[0] + ".conv_s.weight_orig" in {
                 old(k).replace(f"blocks.{i}.", n + ".") for k in G.state_dict()
-                for i, n in enumerate(spade.BLOCKS)}:
+                for i, n in enumerate(released.SPADE_BLOCKS)}:
             states[0][key.replace("norm_0", "norm_s")] = value
     for key, value in E.state_dict().items():
         key = old(key).replace("mu.", "fc_mu.").replace("logvar.", "fc_var.")
@@ -837,31 +844,41 @@ def test_released_key_names():
         G, E = spade.generator(args), spade.Encoder()
     states = official_names(G, E)
     assert len(states[0]) == 234 and len(states[1]) == 22
-    renamed = spade.rename(states[0])
+    renamed = released.spade_names(states[0])
     expected = {k: v.shape for k, v in G.state_dict().items() if "num_batches" not in k}
     assert {k: v.shape for k, v in renamed.items()} == expected
 
 
-def test_segmentation_scores_by_hand():
-    class Fixed(nn.Module):
-        def forward(self, x):
-            return F.one_hot(x[:, 0].long(), 3).permute(0, 3, 1, 2).float()
-
-    args = SimpleNamespace(labels=3, unlabelled=3, ignore=[], edges=False)
-    truth = torch.tensor([[[0, 0, 1, 3], [0, 1, 1, 3]]])
-    guess = torch.tensor([[[0, 1, 1, 0], [0, 1, 0, 2]]]).float().unsqueeze(1)
-    miou, accuracy = spade.segmentation_scores(Fixed(), guess, truth, args, CPU)
-    assert accuracy == pytest.approx(100 * 4 / 6) and miou == pytest.approx(50)
-
-
-def test_segmenter_learns_the_real_pictures(folder):
-    args = spade.get_args(["--data", str(folder), *TINY, "--segmenter-steps", "60"])
+def test_label_scores_of_the_real_pictures_and_of_noise(folder):
+    """The segmentation network is trained on the training pairs and reads the test pictures."""
+    args = spade.get_args(["--data", str(folder), *TINY, "--segmenter-steps", "40", "--ignore",
+                           "3", "--segmenter", str(folder.parent / "fcn.pt")])
     pairs = spade.find_pairs(folder, "train")
-    net = spade.segmenter(pairs, args, CPU)
-    labels, _, x = spade.test_batch(spade.find_pairs(folder, "test"), args)
-    assert spade.segmentation_scores(net, x, labels, args, CPU)[1] > 80  # four colours: easy
+    test = labels, _, x = spade.test_batch(spade.find_pairs(folder, "test"), args)
+    mIoU, accuracy = spade.label_scores(None, x, test, pairs, args, CPU)
+    assert (mIoU["name"], accuracy["name"]) == ("mIoU", "accuracy")
+    assert accuracy["value"] == accuracy["trivial"]["real pictures"] > 80  # four colours: easy
+    assert mIoU["value"] == mIoU["trivial"]["real pictures"]
+    flat = accuracy["trivial"]["mean colour per class"]
+    assert flat > 60 and flat != accuracy["value"]
+    mIoU, accuracy = spade.label_scores(None, torch.zeros_like(x), test, pairs, args, CPU)
+    counts = torch.bincount(labels[labels != 3])  # at best all pixels have one label
+    assert accuracy["value"] <= 100 * float(counts.max() / counts.sum()) + 0.01
 
 
+def test_without_test_pictures_training_pictures_are_announced(folder, capsys):
+    for kind in ("img", "label"):
+        (folder / f"test_{kind}").rename(folder / f"val_{kind}")
+    assert spade.find_pairs(folder, "test")[0].image.parent.name == "val_img"
+    assert capsys.readouterr().out == ""
+    (folder / "val_img").rename(folder / "other")
+    assert spade.find_pairs(folder, "test")[0].image.parent.name == "train_img"
+    assert "no test pictures: these are training pictures" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="no val pictures"):
+        spade.find_pairs(folder, "val")
+
+
+@pytest.mark.slow
 def test_learns_the_colours_of_the_labels(folder, tmp_path):
     """A short run paints each label in its colour: far nearer to the truth than one mean colour."""
     spade.main(["--data", str(folder), *TINY, "--steps", "150", "--lr", "2e-3", "--ngf", "4",
@@ -879,7 +896,7 @@ def test_learns_the_colours_of_the_labels(folder, tmp_path):
 def test_toy_run_ends_with_scores(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(toy.DEFAULT_N, "scenes", 6)
-    draw = toy.scenes
+    draw = toy.DATASETS["scenes"]
     monkeypatch.setitem(toy.DATASETS, "scenes", lambda *a, **k: draw(*a, **k, n_test=3))
     spade.main(["--steps", "2", "--size", "32", "--load", "32", "--ngf", "4", "--ndf", "4",
                 "--batch", "2", "--segmenter-steps", "2", "--device", "cpu"])
@@ -887,30 +904,24 @@ def test_toy_run_ends_with_scores(tmp_path, monkeypatch):
     assert [s["name"] for s in result["scores"]] == [
         "colour error, own style", "colour error, another's style", "colour error, z", "mIoU",
         "accuracy"]
-    spade.main(["--evaluate", "--weights", "runs/spade-toy/last.pt", "--segmenter-steps", "2"])
+    for split in ("test", "val"):
+        spade.main(["--evaluate", "--weights", "runs/spade-toy/last.pt", "--segmenter-steps", "2",
+                    "--split", split])
 
 
-@pytest.mark.parametrize("row", [0, 1])
-def test_bench_measures_its_rows(row, monkeypatch):
-    monkeypatch.setattr(bench, "matmul_tflops", lambda *_: 1.0)
-    flags = ["--size", "32", "--ngf", "4", "--ndf", "4", "--batch", "2", "--device", "cpu"]
-    found = bench.measure("spade", [*bench.ROWS["spade"][row][1], "--data", ".", *flags], 1)
-    assert found["s"] > 0 and found["tflop"] > 0 and ("vgg" in found["params"]) == (row == 1)
-
-
-def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "spade.py", "--data", "nowhere"], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1
-    assert run.stderr.startswith("spade.py: error: --data nowhere: no such folder")
+def test_errors_are_one_line(capsys):
+    line = error_of(capsys, spade.main, "--data", "nowhere")
+    assert "--data nowhere: no such folder" in line and "ade20k" in line
 
 
 # ---- toy/scenes ------------------------------------------------------------------------------
 
 
 def test_scenes_layout_and_truth(tmp_path):
-    toy.scenes(tmp_path / "s", n=4, size=32, n_test=3)
+    toy.draw("scenes", tmp_path / "s", n=4, size=32, n_test=3)
     pairs = spade.find_pairs(tmp_path / "s", "test", edges=True)
+    val = spade.find_pairs(tmp_path / "s", "val", edges=True)
+    assert len(val) == 3 and val[0].image.parent.name == "val_img"
     assert len(pairs) == 3 and len(spade.find_pairs(tmp_path / "s", "train", edges=True)) == 4
     own, styles = [], {}
     for i, pair in enumerate(pairs):
@@ -925,12 +936,10 @@ def test_scenes_layout_and_truth(tmp_path):
                 np.asarray(Image.open(tmp_path / "s/test_styles" / name / f"{i:04d}.png")))
     for i, picture in enumerate(own):  # the picture's own style is among them
         assert sum(np.array_equal(picture, styles[name][i]) for name in styles) == 1
-    assert toy.is_complete(tmp_path / "s", toy.describe("scenes", 4, 32, 0))
-    toy.scenes(tmp_path / "s", n=2, size=32, n_test=1)  # ours: may be replaced
 
 
 def test_scene_scores_know_the_truth_from_trivial_answers(tmp_path):
-    toy.scenes(tmp_path / "s", n=1, size=32, n_test=6)
+    toy.draw("scenes", tmp_path / "s", n=1, size=32, n_test=6)
     args = spade.get_args(["--data", str(tmp_path / "s"), *TINY, "--labels", "7"])
     labels, _, x = spade.test_batch(spade.find_pairs(tmp_path / "s", "test"), args)
     folders = {name: tmp_path / "s/test_styles" / name for name in toy.SCENE_STYLES}

@@ -1,6 +1,5 @@
 """swapae.py: every equation against a plain transcription, and the script as its users run it."""
 
-import json
 import math
 import os
 import random
@@ -19,7 +18,8 @@ from PIL import Image
 
 import common
 import swapae
-import toy
+from lab import metrics, toy
+from lab.toy import textures
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--downs", "2", "--texture", "16", "--width-E", "0.125", "--width-G",
@@ -50,6 +50,12 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
 
 
+def random_batch(args):
+    """x_D, x_G: noise, shaped and laid out as in training."""
+    return [torch.rand(args.batch, 3, args.size, args.size).mul(2).sub(1).to(
+        memory_format=torch.channels_last) for _ in "DG"]
+
+
 def lively(net, seed=0):
     """All biases and noise weights away from zero, in float64."""
     generator = rng(seed)
@@ -62,7 +68,7 @@ def lively(net, seed=0):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy") / "textures"
-    toy.textures(out, n=5, size=32, n_test=4)
+    toy.draw("textures", out, n=5, size=32, n_test=4)
     return out
 
 
@@ -554,11 +560,13 @@ def test_gradient_routing():
     m = swapae.build(args, CPU)
     grads = []
 
-    def watch(*nets):
+    def watch(*_):
         grads.append({name: [None if p.grad is None else p.grad.clone()
                              for p in getattr(m, name).parameters()] for name in "EGDP"})
 
-    swapae.train_step(m, *swapae.random_batch(args, CPU), args, rng(), watch)
+    m.opt_D.register_step_pre_hook(watch)
+    m.opt_G.register_step_pre_hook(watch)
+    swapae.train_step(m, *random_batch(args), args, rng())
     first, last = grads
     for name in "EG":                                       # D's step leaves E and G alone
         assert all(g is None for g in first[name])
@@ -570,7 +578,7 @@ def test_gradient_routing():
 
 def test_r1_comes_every_16th_step():
     args = tiny_args()
-    m, batch = swapae.build(args, CPU), swapae.random_batch(args, CPU)
+    m, batch = swapae.build(args, CPU), random_batch(args)
     found = {step for step in (0, 14, 15, 16, 31)
              if "R1" in swapae.train_step(m, *batch, args, rng(), step=step)}
     assert found == {15, 31}
@@ -582,7 +590,7 @@ def test_without_cooccurrence_p_is_not_trained():
     args = tiny_args("--ablation", "no-cooccurrence", "--R1-every", 1)
     m = swapae.build(args, CPU)
     before = {k: v.clone() for k, v in m.P.state_dict().items()}
-    losses = swapae.train_step(m, *swapae.random_batch(args, CPU), args, rng())
+    losses = swapae.train_step(m, *random_batch(args), args, rng())
     assert losses.keys() == LOSSES - {"P_real", "P_mix", "cooccur"} | {"R1"}
     assert_same(before, dict(m.P.state_dict()))
 
@@ -591,7 +599,7 @@ def test_ema_is_the_running_mean():
     args = tiny_args("--ema", 0.75)
     m = swapae.build(args, CPU)
     start = m.G.to_rgb.weight.detach().clone()
-    swapae.train_step(m, *swapae.random_batch(args, CPU), args, rng())
+    swapae.train_step(m, *random_batch(args), args, rng())
     assert torch.allclose(m.G_ema.to_rgb.weight, 0.75 * start + 0.25 * m.G.to_rgb.weight)
     assert swapae.in_use(m).G is m.G_ema
     assert swapae.in_use(swapae.build(tiny_args(), CPU)).E is not None
@@ -600,10 +608,11 @@ def test_ema_is_the_running_mean():
 def test_amp_step_is_finite():
     args = tiny_args("--amp", "--R1-every", 1)
     m = swapae.build(args, CPU)
-    losses = swapae.train_step(m, *swapae.random_batch(args, CPU), args, rng())
+    losses = swapae.train_step(m, *random_batch(args), args, rng())
     assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
 
 
+@pytest.mark.slow
 def test_reconstruction_is_learned(drawn):
     """Four pictures, L1 alone: better than each one's mean colour after 60 updates."""
     args = tiny_args("--lambda-gan-rec", 0, "--lambda-gan-swap", 0, "--ablation",
@@ -644,20 +653,17 @@ def test_short_side_is_resized_then_cropped(tmp_path):
     assert {0.0, 1.0} <= shares and len(shares) > 4          # both ends of a landscape are seen
 
 
-def test_folders_that_are_understood(drawn, tmp_path):
-    assert len(swapae.training_files(drawn)) == 5 and len(swapae.test_files(drawn)) == 4
+def test_folders_that_are_understood(drawn, tmp_path, capsys):
+    assert len(swapae.training_files(drawn)) == 5 and len(swapae.test_files(drawn, "test")) == 4
     assert len(swapae.training_files(drawn / "test")) == 4   # pictures without sub-folders
     for side in "AB":
         (tmp_path / f"train{side}").mkdir()
         Image.new("RGB", (40, 40)).save(tmp_path / f"train{side}/1.png")
-    assert len(swapae.training_files(tmp_path)) == 2 == len(swapae.test_files(tmp_path))
-
-
-def test_random_batch_is_shaped_like_training(drawn):
-    args = tiny_args()
-    for a, b in zip(swapae.random_batch(args, CPU), swapae.Pictures(drawn, args)[0], strict=True):
-        assert a.shape[1:] == b.shape and a.dtype == b.dtype
-        assert a.is_contiguous(memory_format=torch.channels_last)
+    assert len(swapae.training_files(tmp_path)) == 2 == len(swapae.test_files(tmp_path, "test"))
+    assert "these are training pictures" in capsys.readouterr().out
+    assert swapae.test_files(drawn, "val")[3] == drawn / "val/0003.png"
+    with pytest.raises(common.UserError, match="no val pictures"):
+        swapae.test_files(tmp_path, "val")
 
 
 # ---- training loop ------------------------------------------------------------------------------
@@ -684,14 +690,6 @@ def test_resumed_run_is_bit_identical(drawn, tmp_path, flags):
     assert_same(a["parts"], b["parts"])
 
 
-def test_gradients_are_averaged_before_each_update():
-    args = tiny_args("--R1-every", 1)
-    m, calls = swapae.build(args, CPU), []
-    swapae.train_step(m, *swapae.random_batch(args, CPU), args, rng(),
-                      lambda *nets: calls.append(nets))
-    assert calls == [(m.D, m.P), (m.D, m.P), (m.E, m.G)]
-
-
 def test_every_row_of_the_log_has_all_columns(drawn, tmp_path):
     run("--data", drawn, *TINY, "--steps", 3, "--R1-every", 2, "--out", tmp_path / "run")
     head, *rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
@@ -709,6 +707,7 @@ def test_evenly_spaced_pictures(drawn):
     assert len(swapae.opened(files, args, CPU, 9)) == 5
 
 
+@pytest.mark.slow
 def test_two_processes_run_and_see_more_pictures(drawn, tmp_path):
     flags = ["--data", str(drawn), *TINY, "--batch", "2", "--steps", "2"]
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -720,142 +719,6 @@ def test_two_processes_run_and_see_more_pictures(drawn, tmp_path):
     run(*flags, "--out", tmp_path / "one")
     alone = torch.load(tmp_path / "one/last.pt", weights_only=True)["parts"]
     assert not torch.equal(parts["G"]["to_rgb.weight"], alone["G"]["to_rgb.weight"])
-
-
-def test_ablation_all_writes_a_table_and_a_strip(drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(swapae, "data_folder", lambda args: drawn)
-    run(*TINY, "--ablation", "all", "--steps", 1, "--out", tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "none", "no-cooccurrence", "ablation.md", "ablation.png"}
-    table = (tmp_path / "run/ablation.md").read_text().splitlines()
-    assert [row.split(" | ")[0].strip("| ") for row in table[2:]] == [
-        "SwapAE", "no-cooccurrence", "copy the structure", "copy the texture", "colour transfer"]
-    assert table[-1] in capsys.readouterr().out
-    config = json.loads((tmp_path / "run/no-cooccurrence/config.json").read_text())
-    assert config["lambda_cooccur"] == 0
-
-
-# ---- the authors' file --------------------------------------------------------------------------
-
-
-def released_layout(size=256, downs=4, texture=2048, e=None, g=None, patch=128):
-    """{name: shape} of the authors' state_dict, from their naming rules."""
-    e = e or [32, 64, 128, 256, 512, 1024, 2048]
-    g = g or [256, 512, 512, 512, 256, 128]                  # two head blocks, four upsampling
-    found = {}
-
-    def conv(name, a, b, k=3, act=True, blur=None, bias=False):
-        if blur:
-            found[f"{name}.Blur.kernel"] = (blur, blur)
-        found[f"{name}.Conv.weight"] = (b, a, k, k)
-        if act:
-            found[f"{name}.Act.bias"] = (b,)
-        if bias:
-            found[f"{name}.Conv.bias"] = (b,)
-
-    def down(name, a, b, blur):
-        conv(f"{name}.conv1", a, a)
-        conv(f"{name}.conv2", a, b, blur=blur)
-        conv(f"{name}.skip", a, b, 1, act=False, blur=blur)
-
-    def linear(name, a, b):
-        found[f"{name}.weight"], found[f"{name}.bias"] = (b, a), (b,)
-
-    conv("E.FromRGB", 3, e[0], 1)
-    for i in range(downs):
-        down(f"E.DownToSpatialCode.ResBlockDownBy{2 ** i}", e[i], e[i + 1], 3)
-    conv("E.ToSpatialCode.0", e[downs], e[downs], 1)
-    conv("E.ToSpatialCode.1", e[downs], 8, 1, act=False, bias=True)
-    for i in (downs, downs + 1):
-        conv(f"E.DownToGlobalCode.ConvLayerDownBy{2 ** i}", e[i], e[i + 1], blur=1)
-    linear("E.ToGlobalCode.0", e[-1], texture)
-
-    def styled(name, a, b, up=False):
-        found[f"{name}.conv.weight"] = (1, b, a, 3, 3)
-        if up:
-            found[f"{name}.conv.blur.kernel"] = (4, 4)
-        linear(f"{name}.conv.modulation", texture, a)
-        found[f"{name}.noise.weight"], found[f"{name}.activate.bias"] = (1,), (b,)
-
-    for name in ("scale", "bias"):
-        linear(f"G.SpatialCodeModulation.{name}", texture, 8)
-    for i, (a, b) in enumerate(zip([8, *g], g, strict=False)):
-        name = f"G.HeadResnetBlock{i}" if i < 2 else f"G.UpsamplingResBlock{2 ** (i + 2)}"
-        styled(f"{name}.conv1", a, b, i >= 2)
-        styled(f"{name}.conv2", b, b)
-        if i < 2 or a != b:
-            conv(f"{name}.skip", a, b, 1, act=i >= 2)
-    found |= {"G.ToRGB.bias": (1, 3, 1, 1), "G.ToRGB.upsample.kernel": (4, 4),
-              "G.ToRGB.conv.weight": (1, 3, g[-1], 1, 1)}
-    linear("G.ToRGB.conv.modulation", texture, g[-1])
-    levels = range(round(math.log2(size)), 1, -1)
-    d = [min(512, 2 ** (15 - i)) for i in levels]
-    conv("D.stylegan2_D.convs.0", 3, d[0], 1)
-    for i, a, b in zip(levels, d, d[1:], strict=False):
-        name = f"{2 ** i}x{2 ** i}" if i > 8 else 9 - i
-        down(f"D.stylegan2_D.convs.{name}", a, b, 4)
-    conv("D.stylegan2_D.final_conv", 512, 512)
-    linear("D.stylegan2_D.final_linear.0", 512 * (4 * size // 2 ** levels[0]) ** 2, 512)
-    linear("D.stylegan2_D.final_linear.1", 512, 1)
-    levels = range(round(math.log2(patch)), 1, -1)
-    p = [min(384, 2 ** (12 - i)) for i in levels]
-    conv("Dpatch.convs.0", 3, p[0])
-    for i, a, b in zip(levels, p, p[1:], strict=False):
-        down(f"Dpatch.convs.{f'{2 ** i}x{2 ** i}' if i > 6 else 7 - i}", a, b, 4)
-    conv("Dpatch.convs.5.conv1", 384, 384)
-    conv("Dpatch.convs.5.conv2", 384, 768)
-    conv("Dpatch.convs.5.skip", 384, 768, 1, act=False)
-    conv("Dpatch.convs.6", 768, 384)
-    for i, (a, b) in enumerate(((3072, 2048), (2048, 2048), (2048, 1024), (1024, 1))):
-        linear(f"Dpatch.pairlinear.{i}", a, b)
-    found["num_discriminator_iters"] = (1,)
-    return found
-
-
-BIG = {"size": 768, "downs": 5, "texture": 1536, "patch": 256,
-       "e": [13, 26, 51, 102, 205, 410, 819, 1536], "g": [204, 409, 409, 409, 409, 204, 102]}
-
-
-@pytest.mark.parametrize("setting, layout, entries", [
-    ("256", {}, (42, 79, 50, 52)), ("512", {"size": 512}, (42, 79, 57, 52)), ("1024", BIG, None)])
-def test_released_names_and_shapes_are_ours(setting, layout, entries):
-    m, _ = on_meta("--setting", setting)
-    theirs = {k: torch.empty(v, device="meta") for k, v in released_layout(**layout).items()}
-    if entries:
-        prefixes = ("E.", "G.", "D.", "Dpatch.")
-        assert entries == tuple(sum(k.startswith(p) for k in theirs) for p in prefixes)
-    found = {k: tuple(v.shape) for k, v in swapae.rename(theirs).items()}
-    assert found == {f"{name}.{k}": tuple(p.shape) for name in "EGDP"
-                     for k, p in getattr(m, name).named_parameters()}
-
-
-def small_release(texture=24, last=24):
-    shapes = released_layout(e=[2, 3, 4, 5, 6, 8, last], g=[8, 10, 10, 9, 8, 7], texture=texture)
-    return {k: torch.randn(v, generator=rng(i)) for i, (k, v) in enumerate(shapes.items())}
-
-
-def test_released_file_translates(tmp_path):
-    """E and G alone, as in the released archives; the last width may exceed the texture code."""
-    state = {k: v for k, v in small_release(last=26).items() if k[:2] in ("E.", "G.")}
-    torch.save(state, tmp_path / "latest_checkpoint.pth")
-    args = swapae.get_args(["--weights", str(tmp_path / "latest_checkpoint.pth"), "--device",
-                            "cpu", "--data", "."])
-    m = swapae.load_networks(args, CPU)
-    assert torch.equal(m.E.down[2].conv2.bias, state["E.DownToSpatialCode.ResBlockDownBy4.conv2."
-                                                     "Act.bias"])
-    assert torch.equal(m.G.blocks[3].conv1.weight,
-                       state["G.UpsamplingResBlock32.conv1.conv.weight"][0])
-    assert torch.equal(m.G.shift.weight, state["G.SpatialCodeModulation.bias.weight"])
-    assert torch.equal(m.G.to_rgb.bias, state["G.ToRGB.bias"].flatten())
-    x = torch.rand(1, 3, 130, 100) * 2 - 1
-    assert swapae.swap(m, x, x, args).shape == x.shape
-    for name, spoil in (("half", lambda s: s.pop("G.ToRGB.bias")),
-                        ("wrong", lambda s: s.update({"G.ToRGB.bias": torch.zeros(4)}))):
-        broken = dict(state)
-        spoil(broken)
-        torch.save(broken, tmp_path / name)
-        with pytest.raises(common.UserError, match="nor one released"):
-            swapae.released(broken, tmp_path / name)
 
 
 # ---- editing ------------------------------------------------------------------------------------
@@ -1021,20 +884,6 @@ def test_regions_and_clones(trained, drawn, model, tmp_path):
                           atol=1 / 127)
 
 
-@pytest.mark.parametrize("name, columns", [("grid", 8), ("pca", 7), ("interpolate", 7),
-                                           ("corruptions", 5)])
-def test_figures(trained, drawn, tmp_path, capsys, name, columns):
-    drawn_at = ["--data", drawn, "--size", 32]
-    run("--figure", name, "--weights", trained / "last.pt", "--vgg", "random", "--out", tmp_path,
-        *drawn_at)
-    if name == "grid":
-        columns = 2 + 4                                      # four test pictures
-    assert Image.open(tmp_path / f"{name}.png").width == columns * (4 * 32 + 4) + 4
-    printed = capsys.readouterr().out
-    assert ("alpha 0.5: " in printed) == (name == "interpolate")
-    assert ("noise: " in printed) == (name == "corruptions")
-
-
 def test_evaluate_prints_the_papers_metrics(trained, drawn, monkeypatch, capsys):
     shown = {}
 
@@ -1042,7 +891,7 @@ def test_evaluate_prints_the_papers_metrics(trained, drawn, monkeypatch, capsys)
         shown.update(fakes=len(list(fakes)), reals=len(list(reals)))
         return 12.5
 
-    monkeypatch.setattr(common, "fid", fid)
+    monkeypatch.setattr(metrics, "fid", fid)
     run("--evaluate", "--weights", trained / "last.pt", "--data", drawn, "--vgg", "random",
         "--lpips", "vgg")
     out = capsys.readouterr().out
@@ -1096,72 +945,9 @@ def test_user_errors_are_one_line(drawn, trained, tmp_path, capsys, monkeypatch)
         monkeypatch.setattr(weights.IMAGENET1K_V1.value.__class__, "get_state_dict", offline,
                             raising=False)
         monkeypatch.setattr(weights, "get_state_dict", offline)
-    message = run_fails(capsys, "--figure", "corruptions", "--weights", last, "--data", drawn,
-                        "--vgg", "imagenet")
+    message = run_fails(capsys, "--evaluate", "--weights", last, "--data", drawn, "--vgg",
+                        "imagenet")
     assert "cannot download" in message and "--vgg random" in message
-
-
-# ---- metrics ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def networks():
-    return swapae.metric_networks(tiny_args(), CPU)
-
-
-def test_sifid_is_the_frechet_distance_of_places(networks):
-    class Few(nn.Module):
-        def forward(self, x):
-            return x[:, :, ::2, ::2]
-
-    a, b = (torch.rand(1, 3, 16, 16, generator=rng(i)).double() for i in (0, 1))
-    b = b * 0.5 + 0.3
-    f, g = (p[0, :, ::2, ::2].flatten(1).numpy() for p in (a, b))
-    C, K = np.cov(f), np.cov(g)
-    root = np.sqrt(np.linalg.eigvals(C @ K).astype(complex)).real.sum()
-    truth = ((f.mean(1) - g.mean(1)) ** 2).sum() + np.trace(C) + np.trace(K) - 2 * root
-    value = swapae.sifid(SimpleNamespace(inception=Few()), a, b)
-    assert value == pytest.approx(truth, rel=1e-6)
-    assert abs(swapae.sifid(networks, a.float().repeat(1, 1, 4, 4),
-                            a.float().repeat(1, 1, 4, 4))) < 1e-6
-    assert networks.inception(torch.zeros(1, 3, 64, 64)).shape[1] == 192
-
-
-def test_self_similarity_is_the_text_transcribed(networks):
-    a, b = (torch.rand(1, 3, 48, 48, generator=rng(i)) * 2 - 1 for i in (0, 1))
-    vectors = []
-    for x in (a, b):
-        maps, y = [x], ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-                        ) / torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-        for i, layer in enumerate(networks.vgg[:30]):
-            y = layer(y.clone())
-            if i in (1, 3, 6, 8, 11, 13, 15, 22, 29):
-                maps.append(y)
-        vectors.append(torch.cat([F.interpolate(f, (4, 4), mode="bilinear") for f in maps],
-                                 dim=1)[0].flatten(1).t().double())
-    D = []
-    for v in vectors:
-        d = torch.tensor([[1 - float(F.cosine_similarity(p, q, dim=0)) for q in v] for p in v])
-        D.append(d / d.sum(0, keepdim=True))
-    truth = float((D[0] - D[1]).abs().mean() * 16)
-    assert swapae.self_similarity(networks, a, b, side=4) == pytest.approx(truth, rel=1e-3)
-    assert swapae.self_similarity(networks, a, a, side=4) < 1e-6
-
-
-def test_corruptions_move_the_metrics_as_in_fig_4_19(networks):
-    """Shift and rotation move self-similarity more than blur and noise do; SIFID the reverse."""
-    scenes = [toy.render(toy.sample_scene(np.random.default_rng([5, i])), 96) for i in range(3)]
-    x = torch.stack([common.to_tensor(scene) for scene in scenes])
-    style, structure = {}, {}
-    for name, change in swapae.CORRUPTIONS.items():
-        y = change(x)
-        assert y.shape == x.shape and float(y.abs().max()) <= 1.001
-        style[name] = swapae.sifid(networks, x, y)
-        structure[name] = swapae.self_similarity(networks, x, y)
-    assert structure["original"] < 1e-6 and style["original"] < 1e-4
-    assert min(structure[k] for k in ("shift", "rotation")) > max(
-        structure[k] for k in ("blur", "noise"))
-    assert min(style[k] for k in ("blur", "noise")) > max(style[k] for k in ("shift", "rotation"))
 
 
 # ---- toy/textures -------------------------------------------------------------------------------
@@ -1172,54 +958,54 @@ def test_textures_layout_and_determinism(drawn, tmp_path):
         names = sorted(f.name for f in (drawn / split).iterdir())
         assert names == [f"{i:04d}.png" for i in range(n)]
         assert Image.open(drawn / split / names[0]).size == (32, 32)
-    toy.textures(tmp_path / "again", n=2, size=32, n_test=4)
+    toy.draw("textures", tmp_path / "again", n=2, size=32, n_test=4)
     for name in ("train/0001.png", "test/0003.png", "test_truth/0003.png"):
         assert (tmp_path / "again" / name).read_bytes() == (drawn / name).read_bytes()
     with pytest.raises(ValueError, match="n_test"):
-        toy.textures(tmp_path / "bad", n_test=1)
+        toy.draw("textures", tmp_path / "bad", n_test=1)
 
 
 def test_elevation_is_positive_inside_and_falls_by_one_per_side():
-    disc = toy.elevation([("disc", 0.5, 0.5, 0.25, 0.0)], 256)
+    disc = textures.elevation([("disc", 0.5, 0.5, 0.25, 0.0)], 256)
     assert (disc > 0).mean() == pytest.approx(math.pi * 0.25 ** 2, abs=1e-3)
     assert disc[128, 128] == pytest.approx(0.25, abs=0.01) and disc[128, 0] == pytest.approx(
         -0.25, abs=0.01)
-    square, bar, triangle = (toy.elevation([(kind, 0.5, 0.5, 0.25, 0.0)], 256) > 0
+    square, bar, triangle = (textures.elevation([(kind, 0.5, 0.5, 0.25, 0.0)], 256) > 0
                              for kind in ("square", "bar", "triangle"))
     assert square.mean() == pytest.approx(0.4 ** 2, abs=4e-3)
     assert bar.mean() == pytest.approx(0.7 * 0.25, abs=4e-3)
     assert triangle.mean() == pytest.approx(3 * math.sqrt(3) * 0.15 ** 2, abs=4e-3)
     two = [("disc", 0.3, 0.3, 0.2, 0.0), ("bar", 0.7, 0.7, 0.2, 0.4)]
-    assert np.array_equal(toy.elevation(two, 64), np.maximum(toy.elevation(two[:1], 64),
-                                                             toy.elevation(two[1:], 64)))
+    assert np.array_equal(textures.elevation(two, 64), np.maximum(textures.elevation(two[:1], 64),
+                                                                  textures.elevation(two[1:], 64)))
 
 
 def test_the_truth_has_ones_layout_and_the_others_materials():
-    layout = toy.sample_layout(np.random.default_rng(1))
-    height = toy.elevation(layout, 256).reshape(128, 2, 128, 2).mean((1, 3))
+    layout = textures.sample_layout(np.random.default_rng(1))
+    height = textures.elevation(layout, 256).reshape(128, 2, 128, 2).mean((1, 3))
     assert 0.05 < (height > 0).mean() < 0.6
     motifs = set()
     for seed in range(4):
-        texture = toy.sample_texture(np.random.default_rng(seed))
-        picture = np.asarray(toy.render_texture(layout, texture, 128)).astype(float)
-        for where, material in ((height > toy.SOFT, texture.figure),
-                                (height < -toy.SOFT, texture.ground)):
+        texture = textures.sample_texture(np.random.default_rng(seed))
+        picture = np.asarray(textures.render_texture(layout, texture, 128)).astype(float)
+        for where, material in ((height > textures.SOFT, texture.figure),
+                                (height < -textures.SOFT, texture.ground)):
             back, mark = np.array(material.back), np.array(material.mark)
             share = ((picture[where] - back) @ (mark - back)) / np.square(mark - back).sum()
             assert np.abs(back + share[:, None] * (mark - back) - picture[where]).max() < 1.5
             assert share.min() > -0.1 and share.max() < 1.1  # between its two colours
             assert (share.max() < 0.1) == (material.motif == "plain")
             motifs.add(material.motif)
-    assert motifs == set(toy.MOTIFS)
+    assert motifs == set(textures.MOTIFS)
 
 
 def test_motifs_run_along_the_outline():
-    depth = np.linspace(0, 6 * toy.RIM, 601)[None]           # 100 samples per rim width
-    mark = {m: toy.paint_material(toy.Material(m, (0, 0, 0), (1, 1, 1)), depth)[0, :, 0]
-            for m in toy.MOTIFS}
+    depth = np.linspace(0, 6 * textures.RIM, 601)[None]           # 100 samples per rim width
+    mark = {m: textures.paint_material(textures.Material(m, (0, 0, 0), (1, 1, 1)), depth)[0, :, 0]
+            for m in textures.MOTIFS}
     assert (mark["plain"] == 0).all()
     assert mark["rim"][0] == 1 and mark["rim"][100] == pytest.approx(0.5)
-    assert (mark["rim"][100 + round(50 * toy.SOFT / toy.RIM) + 1:] == 0).all()
+    assert (mark["rim"][100 + round(50 * textures.SOFT / textures.RIM) + 1:] == 0).all()
     assert mark["rings"][::100] == pytest.approx([1, 0] * 3 + [1])
 
 
@@ -1233,7 +1019,7 @@ def test_texture_scores_of_known_answers(drawn):
     assert all(s["value"] == pytest.approx(s["trivial"]["copy the structure"]) for s in copied)
     pale = toy.texture_scores(x, exemplar, y * 0.5, y)      # what is linear in y, halved
     assert pale[2]["value"] == pytest.approx(
-        np.abs(y - toy.window_mean(y, round(32 * toy.RIM / 2))).mean() / 2 * 127.5)
+        np.abs(y - textures.window_mean(y, round(32 * textures.RIM / 2))).mean() / 2 * 127.5)
     even = toy.texture_scores(x, exemplar, y + 0.25, y)     # a wrong tone everywhere
     assert even[1]["value"] == pytest.approx(0.25 * 127.5)
     assert even[2]["value"] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,392 @@
+"""The papers' teaching figures, drawn from a trained network.
+
+    python -m lab.figures SCRIPT FIGURE --weights FILE [--data D] [--out DIR] [flags of the script]
+
+FILE is the script's last.pt, whose flags are taken over; pictures are the test ones of --data. A
+figure is written beside FILE, or into DIR. What there is, and which figure of the paper it is like
+(spade uniform and segin match also draw without --weights, from networks that are not trained):
+
+    cut similarity      Fig. 3.27: where does a patch of G(x) find itself in x?
+    cut coats           Fig. 3.28: the coats' grey levels in x, G(x) and y (toy data)
+    spade uniform       Fig. 2.3: maps of one label, which normalisation washes away
+    segin match         Figs. 3, 4: which block of the reference went where
+    swapae grid         Fig. 4.4: structures in rows, textures in columns
+    swapae interpolate  Fig. 4.7: from one texture code to another's
+    swapae pca          Fig. 4.14: along the principal directions of the texture codes
+    swapae corruptions  Fig. 4.19: what each distance notices
+    egscit masks        Sec. 3.1: the most contrasted channels of the feature masks
+    egscit embedding    Fig. 5: real pictures and translations on their two main axes
+"""
+
+import argparse
+import importlib
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import common
+from common import UserError
+
+# ---- what several figures need ------------------------------------------------------------------
+
+
+def save(args, name, draw):
+    """Write NAME.png; draw: columns for `common.save_grid`, or a function of the path."""
+    folder = Path(args.out or (Path(args.weights).parent if args.weights else args.run_folder))
+    path = folder / f"{name}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if callable(draw):
+            draw(path)
+        else:
+            common.save_grid(path, draw)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error})") from None
+    print(f"wrote {path}")
+
+
+def mark(picture, points, h, w):
+    """A copy of a picture (3, H, W) with a red and a blue square at places of an h x w grid."""
+    picture = picture.clone()
+    H, W = picture.shape[1:]
+    half = max(1, H // 48)
+    for (r, c), colour in zip(points, ([1.0, -1, -1], [-1.0, -1, 1]), strict=True):
+        top, left = int((r + 0.5) * H / h), int((c + 0.5) * W / w)
+        area = picture[:, max(0, top - half):top + half + 1, max(0, left - half):left + half + 1]
+        area.copy_(torch.tensor(colour).view(3, 1, 1).expand_as(area))
+    return picture
+
+
+def as_pictures(values, size):
+    """Values in [0, 1] on a coarse grid (B, 1 or 3, h, w) -> pictures (B, 3, H, W) in [-1, 1]."""
+    return F.interpolate(values.float(), tuple(size)).expand(-1, 3, -1, -1) * 2 - 1
+
+
+def principal(samples, count):
+    """Samples (n, C) on their `count` principal axes, each stretched to [0, 1]: (n, count)."""
+    torch.manual_seed(0)  # the axes are found by random projections
+    samples = samples - samples.mean(0)
+    places = samples @ torch.pca_lowrank(samples, count, center=False, niter=4)[2]
+    low, high = places.amin(0), places.amax(0)
+    return (places - low) / (high - low).clamp(min=1e-12)
+
+
+# ---- CUT -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cut_similarity(args):
+    """G(x) and x with two queries; exp(v . v- / tau) of each to all places of x, over its maximum;
+    the features of x and of G(x) by their three principal components."""
+    import cut
+
+    device = common.pick_device(args.device)
+    if args.weights is None:
+        raise UserError("--weights FILE is needed: a last.pt of cut.py")
+    nets, state = cut.build(args, device), common.load_checkpoint(args.weights, "cut")
+    common.load_parts({"G": nets.G, "H": nets.H}, state["parts"], args.weights)
+    layer, columns = min(args.nce_layers, key=lambda i: abs(i - 3)), {}  # residual block 1
+    mlp = nets.H.mlps[args.nce_layers.index(layer)]
+    for x in common.test_pictures(cut.data_folder(args), args, device, limit=4)["x"].split(1):
+        y_hat = cut.translate(nets.G, x, args)
+        maps = [nets.G.encode(p)[layer] for p in (y_hat, x)]
+        h, w = maps[0].shape[2:]
+        q, k = (F.normalize(mlp(f[0].flatten(1).t()), dim=1) for f in maps)  # (h * w, 256)
+        points = [(h // 2, w // 2), (h // 5, w // 5)]                 # an animal's side, the sky
+        row = {"G(x), queries": mark(y_hat[0], points, h, w)[None],
+               "x": mark(x[0], points, h, w)[None]}
+        for name, (r, c) in zip(("similarity, red", "similarity, blue"), points, strict=True):
+            v = ((q[r * w + c] @ k.t()) / args.tau).exp()             # inside Eq. (3.6)
+            row[name] = as_pictures((v / v.max()).view(1, 1, h, w), x.shape[2:])
+        for name, pca in zip(("PCA of x", "PCA of G(x)"),
+                             principal(torch.cat([k, q]), 3).split(h * w), strict=True):
+            row[name] = as_pictures(pca.t().view(1, 3, h, w), x.shape[2:])
+        for name, picture in row.items():
+            columns.setdefault(name, []).append(picture)
+    save(args, "similarity", {name: torch.cat(column) for name, column in columns.items()})
+
+
+@torch.no_grad()
+def cut_coats(args, bins=16, side=160):
+    """How much of the coats has which grey level, in x, G(x) and y: has G matched y's distribution?
+
+    The paper's Fig. 3.28 compares how many pixels are zebra; here their place is known.
+    """
+    import cut
+
+    toy, device = common.lab("toy", "cut coats"), common.pick_device(args.device)
+    if args.weights is None or args.data != "toy":
+        raise UserError("cut coats needs --weights FILE and --data toy: it compares with the truth")
+    G = cut.load_generator(args, device)
+    test = common.test_pictures(cut.data_folder(args), args, device)
+    coats = toy.coat_pixels(test["x"].cpu(), cut.translate(G, test["x"], args).cpu(),
+                            test["y"].cpu())
+    shares = {name: torch.histc(torch.as_tensor(rgb).float().mean(1), bins, -1, 1) / len(rgb)
+              for name, rgb in coats.items()}
+    sheet, top = Image.new("RGB", (3 * (side + 20), side + 40), "white"), float(
+        torch.stack([*shares.values()]).max())
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, share) in enumerate(shares.items()):
+        left, distance = column * (side + 20) + 10, float((share - shares["y"]).abs().sum() / 2)
+        draw.text((left, 4), f"{name}: differs from y by {distance:.0%}", "black")
+        for i, part in enumerate(share.tolist()):
+            level, width = round(255 * (i + 0.5) / bins), side // bins
+            draw.rectangle((left + i * width, 30 + side * (1 - part / top), left + (i + 1) * width,
+                            30 + side), (level,) * 3, "black")
+    save(args, "coats", sheet.save)
+
+
+# ---- SPADE ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def spade_uniform(args):
+    """What is painted for maps of one single label? One row per label; the columns are fresh
+    generators with instance normalisation and Glorot's weights (the argument needs no training), or
+    the one of --weights.
+
+    Printed for each: the mean difference, in grey levels, between the pictures of two labels. 0:
+    the label was washed away.
+    """
+    import spade
+
+    device, columns = common.pick_device(args.device), {}
+    if args.labels is None:
+        args.labels = 4
+    labels = torch.arange(min(args.labels, 8)).view(-1, 1, 1).expand(-1, args.height, args.size)
+    edges = torch.zeros(len(labels), int(args.edges), args.height, args.size)
+    for name in [args.generator] if args.weights else spade.GENERATORS:
+        if args.weights:
+            m = spade.load_networks(args, device)
+        else:
+            args.generator, args.norm, args.input, args.init = name, "instance", "segmap", "glorot"
+            torch.manual_seed(args.seed)
+            m = SimpleNamespace(G=spade.init_weights(spade.generator(args), args.init).to(device))
+        z = spade.random_style(len(labels), args.z_seed, args)
+        columns[name] = p = spade.synthesise(m, labels, edges, z, args, device)
+        gaps = [(p[i] - p[j]).abs().mean() for i in range(len(p)) for j in range(i)]
+        print(f"{name}: {float(sum(gaps) / len(gaps) * 127.5):.3g} grey levels between labels")
+    save(args, "uniform", {"m": spade.colour_map(labels)} | columns)
+
+
+# ---- SEGIN ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def segin_match(args):
+    """Every place of r has a colour; "match" shows x in the colours of the places it took its
+    blocks from. Then what training sees: x with its own photo, and that match spoilt.
+
+    With --weights the output too. Prints the time of the match and of N.
+    """
+    import segin
+
+    device = common.pick_device(args.device)
+    show = segin.test_pictures(segin.data_folder(args), args, device, limit=6)
+    m = segin.load_networks(args, device) if args.weights else segin.build(args, device)
+    x, r, y = show["x"], show["r"], show["y"]
+    xi, own = m.match(x, r), m.match(x, y)
+    block, places = x.shape[-1] // xi.shape[-1], torch.linspace(0, 1, xi.shape[-1], device=device)
+    across, down = places.expand(len(places), -1), places[:, None].expand(-1, len(places))
+    places = as_pictures(torch.stack([across, down, 1 - across])[None], x.shape[2:]).expand_as(x)
+    rng = torch.Generator().manual_seed(args.seed)
+    spoilt = torch.stack([segin.corrupt(one.cpu(), rng, args) for one in own]).to(device)
+    W = segin.rebuild(r, xi, block)
+    columns = {"x": x, "r": r, "places of r": places, "match": segin.rebuild(places, xi, block),
+               "W(x, r)": W}
+    if args.weights:
+        columns["N(x, W)"] = segin.translate(m, x, r, args)[0]
+    save(args, "match", columns | {"own photo y": y, "W(x, y)": segin.rebuild(y, own, block),
+                                   "corrupted": segin.rebuild(y, spoilt, block)})
+    m.N.eval()
+    for name, work in (("match", lambda: segin.auxiliary(x[:1], r[:1], m.match)),
+                       ("N", lambda: m.N(x[:1], W[:1])[0])):
+        seconds = []
+        for _ in range(6):  # the first one warms up
+            start = time.perf_counter()
+            work()[0, 0, 0, 0].item()  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+        print(f"{name}: {1000 * min(seconds[1:]):.1f} ms for one {args.size}x{args.size} picture "
+              f"on {device.type}")
+
+
+# ---- Swapping Autoencoder ------------------------------------------------------------------------
+
+
+def swapae_shown(args):
+    """The script, its networks, six test pictures, the data folder and the device."""
+    import swapae
+
+    device = common.pick_device(args.device)
+    m, root = swapae.load_networks(args, device), swapae.data_folder(args)
+    return swapae, m, swapae.test_pictures(root, args, device, limit=6), root, device
+
+
+def swapae_grid(args):
+    """Each of six structures with its own texture and with each of the six."""
+    swapae, m, show, *_ = swapae_shown(args)
+    save(args, "grid", swapae.swap_grid(m, show, show, args))
+
+
+def swapae_interpolate(args):
+    """The texture code on its way to the next picture's; prints both distances."""
+    swapae, m, show, _, device = swapae_shown(args)
+    other, columns = show.roll(-1, dims=0), {"structure": show}
+    columns |= {f"alpha {a:g}": swapae.swap(m, show, other, args, a)
+                for a in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    columns["texture"] = other
+    save(args, "interpolate", columns)
+    print_distances(swapae, columns, "texture", args, device)
+
+
+def swapae_pca(args):
+    """Two deviations to both sides, along the three strongest directions of the texture codes."""
+    swapae, m, show, root, device = swapae_shown(args)
+    codes = swapae.texture_codes(
+        m, swapae.opened(swapae.training_files(root), args, device), args)
+    directions, deviations = swapae.principal_directions(codes, 3)
+    (s, t), columns = swapae.embed(m, show, args), {"picture": show}
+    for k in range(len(directions)):
+        for gain in (-2, 2):
+            step = gain * deviations[k] * directions[k]
+            columns[f"PCA {k + 1}: {gain:+d}"] = swapae.paint(m, s, t + step, args)
+    save(args, "pca", columns)
+
+
+def swapae_corruptions(args):
+    """Pictures that are shifted, turned, blurred, noisy; prints both distances to the original."""
+    swapae, _, show, _, device = swapae_shown(args)
+    columns = {name: change(show) for name, change in CORRUPTIONS.items()}
+    save(args, "corruptions", columns)
+    print_distances(swapae, columns, "original", args, device)
+
+
+def print_distances(swapae, columns, texture, args, device):
+    """SIFID of each column to that named `texture`, self-similarity distance to the first one."""
+    sifid, self_similarity = swapae.texture_and_structure(args, device)
+    print(f"SIFID to the {texture} picture, self-similarity distance to the first column "
+          f"({args.vgg} weights)")
+    for name, pictures in columns.items():
+        print(f"{name}: {sifid(columns[texture], pictures):.4g} "
+              f"{self_similarity(next(iter(columns.values())), pictures):.4g}")
+
+
+def shift(x, part=8):
+    """Moves pictures by an eighth of their sides, mirroring what enters."""
+    h, w = (n // part for n in x.shape[2:])
+    return F.pad(x, (w, 0, h, 0), mode="reflect")[:, :, :x.shape[2], :x.shape[3]]
+
+
+def rotate(x, degrees=20):
+    """Turns pictures, mirroring what enters."""
+    a = math.radians(degrees)
+    turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
+    grid = F.affine_grid(turn.expand(len(x), 2, 3).to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def blur(x, radius=2):
+    """Two box filters of 2 radius + 1 pixels."""
+    for _ in range(2):
+        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="reflect"), 2 * radius + 1, 1)
+    return x
+
+
+def white_noise(x, deviation=0.3):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return (x + deviation * noise.to(x)).clamp(-1, 1)
+
+
+CORRUPTIONS = {"original": lambda x: x, "shift": shift, "rotation": rotate, "blur": blur,
+               "noise": white_noise}
+
+
+# ---- EGSC-IT -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def egscit_masks(args, channels=3):
+    """x_A, the most contrasted channels of its mask (black: eta, white: 1), the exemplar, x_AB; and
+    the same from B to A."""
+    import egscit
+
+    device = common.pick_device(args.device)
+    m, test = egscit.load_translator(args, device), egscit.test_set(args, 6)
+    for way in ("AB", "BA"):
+        x = egscit.unit(test[f"x_{way[0]}"]).to(device)
+        masks = egscit.feature_mask(egscit.direction(m, way)[1](x), args.eta)
+        chosen = masks.std(dim=(2, 3)).mean(0).argsort(descending=True)[:channels]
+        columns = {f"x_{way[0]}": x}
+        for i in chosen.tolist():
+            shown = (masks[:, i:i + 1] - args.eta) / max(1 - args.eta, 1e-6)
+            columns[f"m_{way[0]}, {i}"] = as_pictures(shown, x.shape[2:])
+        columns[f"x_{way[1]}"] = egscit.unit(test[f"x_{way[1]}"])
+        columns[f"x_{way}"] = egscit.unit(egscit.translated(m, test, args, way))
+        save(args, f"masks_{way}", columns)
+
+
+def egscit_embedding(args, side=360):
+    """Real pictures (red dots) and translations (blue crosses) on their two main axes (PCA)."""
+    import egscit
+
+    m, test = egscit.load_translator(args, common.pick_device(args.device)), egscit.test_set(args)
+    sheet = Image.new("RGB", (2 * side, side + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, way in enumerate(("AB", "BA")):
+        real, made = test[f"x_{way[1]}"], egscit.translated(m, test, args, way)
+        together = egscit.unit(torch.cat([real, made]))
+        if args.size > 112:  # thousands of photographs at full size do not fit into memory
+            together = F.interpolate(together, (32, 32), mode="area")
+        places = principal(together.flatten(1), 2) * (side - 24) + 12
+        places = places + torch.tensor([column * side, 20])
+        draw.text((column * side + 12, 4), f"x_{way[1]}: red dots, x_{way}: blue crosses", "black")
+        for x, y in places[:len(real)].tolist():
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), "red")
+        for x, y in places[len(real):].tolist():
+            draw.line((x - 2, y - 2, x + 2, y + 2), "blue")
+            draw.line((x - 2, y + 2, x + 2, y - 2), "blue")
+    save(args, "embedding", sheet.save)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+FIGURES = {  # (script, figure): function of that script's flags
+    ("cut", "similarity"): cut_similarity,
+    ("cut", "coats"): cut_coats,
+    ("spade", "uniform"): spade_uniform,
+    ("segin", "match"): segin_match,
+    ("swapae", "grid"): swapae_grid,
+    ("swapae", "interpolate"): swapae_interpolate,
+    ("swapae", "pca"): swapae_pca,
+    ("swapae", "corruptions"): swapae_corruptions,
+    ("egscit", "masks"): egscit_masks,
+    ("egscit", "embedding"): egscit_embedding,
+}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m lab.figures", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("script")
+    p.add_argument("figure")
+    for flag, meaning in (("weights", "the script's last.pt"), ("data", "as for the script"),
+                          ("out", "folder of the figure (that of --weights)")):
+        p.add_argument(f"--{flag}", help=meaning)
+    given, flags = p.parse_known_args(argv)
+    if (figure := FIGURES.get((given.script, given.figure))) is None:
+        raise UserError(f"{given.script} {given.figure}: no such figure; there are: "
+                        + ", ".join(" ".join(names) for names in FIGURES))
+    for flag in ("weights", "data", "out"):
+        if (value := getattr(given, flag)) is not None:
+            flags += [f"--{flag}", value]
+    figure(importlib.import_module(given.script).get_args(flags))
+
+
+if __name__ == "__main__":
+    common.entry(main)

@@ -1,0 +1,260 @@
+"""The checkpoint files that the papers' authors released -> our networks.
+
+A script's --weights takes either its own last.pt or such a file; the latter comes here. Each
+function, named like its script, takes the loaded state dict and the file's path (for the message),
+reads all widths from the shapes and returns the network or networks, filled, on the CPU. A
+`UserError` says what was expected where the file is none of these.
+"""
+
+import contextlib
+import itertools
+import re
+
+import torch
+
+from common import UserError
+
+
+@contextlib.contextmanager
+def expecting(path, what):
+    """Turns what a wrong file raises inside into one `UserError`: "PATH: WHAT"."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path}: {what}") from None
+
+
+@torch.no_grad()
+def fill_by_order(net, tensors):
+    """Copies tensors to a network's parameters by position; returns the network.
+
+    Dimensions of 1 do not count: (1, C, 1, 1) fills (C). Raises ValueError where a shape or the
+    number of tensors differs.
+    """
+    for p, t in zip(list(net.parameters()), tensors, strict=True):
+        if p.squeeze().shape != t.squeeze().shape:
+            raise ValueError(f"a layer of shape {tuple(t.shape)}, expected {tuple(p.shape)}")
+        p.copy_(t.reshape(p.shape))
+    return net
+
+
+# ---- CycleGAN, CUT, SinCUT: one generator a file, its layers in the order of ours ---------------
+
+# What their files keep beside the parameters: blur kernels, and the statistics that old versions of
+# instance normalisation stored and never used.
+EXTRA = ("filt", "kernel", "running_mean", "running_var", "num_batches_tracked")
+
+
+def resnet_generator(make, state):
+    """A ResNet generator of the CycleGAN or CUT repository -> make(ngf, blocks, antialias)."""
+    blocks = sum(k.endswith("conv_block.1.weight") for k in state)
+    net = make(len(state["model.1.weight"]), blocks, "model.7.filt" in state)
+    return fill_by_order(net, [v for k, v in state.items() if not k.endswith(EXTRA)])
+
+
+def cyclegan(state, path):
+    """latest_net_G_A.pth, or horse2zebra.pth and the like -> G; one file holds one direction."""
+    from cyclegan import ResnetGenerator
+
+    with expecting(path, "neither a checkpoint of cyclegan.py nor a generator released by the "
+                         "authors (latest_net_G_A.pth)"):
+        return resnet_generator(ResnetGenerator, state)
+
+
+def cut(state, path):
+    """latest_net_G.pth of CUT or FastCUT -> G."""
+    from cut import ResnetGenerator
+
+    with expecting(path, "neither a checkpoint of cut.py nor a generator released by the authors "
+                         "(latest_net_G.pth)"):
+        return resnet_generator(ResnetGenerator, state)
+
+
+def sincut(state, path):
+    """latest_net_G.pth of SinCUT -> G."""
+    from sincut import SinGenerator
+
+    with expecting(path, "neither a checkpoint of sincut.py nor a generator released by the "
+                         "authors (latest_net_G.pth)"):
+        net = SinGenerator(len(state["encoder.convs.1.0.weight"]) // 8)
+        return fill_by_order(net, [v for k, v in state.items() if not k.endswith(EXTRA)])
+
+
+# ---- INIT: MUNIT's generators, two in a file ----------------------------------------------------
+
+
+def init(state, path):
+    """MUNIT's gen_*.pt -> G_X, G_Y.
+
+    Their layers come in the order of ours. Left out are the statistics that old instance
+    normalisations and all AdaIN layers keep in the file and never use.
+    """
+    from init import Generator
+
+    def generator(theirs):
+        theirs = {k: v for k, v in theirs.items() if ".running_" not in k}
+        blocks = sum(k.startswith("enc_content.model.3.") and k.endswith("0.conv.weight")
+                     for k in theirs)
+        G = Generator(len(theirs["enc_content.model.0.conv.weight"]),
+                      len(theirs["enc_style.model.6.weight"]),
+                      len(theirs["mlp.model.0.fc.weight"]), blocks)
+        names = [f"enc_style.model.{i}.conv" for i in range(5)] + ["enc_style.model.6"]
+        names += [f"enc_content.model.{i}.conv" for i in range(3)]
+        names += [f"{part}.model.{b}.model.{i}.conv" for part in ("enc_content.model.3",
+                  "dec.model.0") for b in range(blocks) for i in (0, 1)]
+        names += ["dec.model.2.conv", "dec.model.2.norm", "dec.model.4.conv", "dec.model.4.norm",
+                  "dec.model.5.conv", *(f"mlp.model.{i}.fc" for i in range(3))]
+        fill_by_order(G, [theirs.pop(f"{name}.{leaf}") for name in names for leaf in
+                          (("gamma", "beta") if "norm" in name else ("weight", "bias"))])
+        if theirs:
+            raise ValueError("more layers")
+        return G
+
+    with expecting(path, "neither a checkpoint of init.py nor the generators of MUNIT (gen_*.pt)"):
+        return generator(state["a"]), generator(state["b"])
+
+
+# ---- Swapping Autoencoder: everything in one file, under other names ----------------------------
+
+# Their names -> ours. Blocks of a list are numbered in their order (theirs by resolution).
+SWAPAE_LAYERS = {
+    "E.FromRGB": "E.from_rgb", "E.ToSpatialCode": "E.to_structure",
+    "E.ToGlobalCode.0": "E.to_texture", "G.SpatialCodeModulation.scale": "G.scale",
+    "G.SpatialCodeModulation.bias": "G.shift", "G.ToRGB": "G.to_rgb",
+    "D.stylegan2_D.convs.0": "D.from_rgb", "D.stylegan2_D.final_conv": "D.last",
+    "D.stylegan2_D.final_linear": "D.dense", "Dpatch.convs.0": "P.from_rgb",
+    "Dpatch.convs.5": "P.block", "Dpatch.convs.6": "P.last", "Dpatch.pairlinear": "P.dense"}
+SWAPAE_LISTS = {
+    r"E\.DownToSpatialCode\.\w+": "E.down", r"E\.DownToGlobalCode\.\w+": "E.pool",
+    r"G\.\w+Block\d+": "G.blocks", r"D\.stylegan2_D\.convs\.\w+": "D.down",
+    r"Dpatch\.convs\.\w+": "P.down"}
+
+
+def swapae_names(state):
+    """The authors' state dict -> {our name, with "E." and so on before it: tensor}.
+
+    Their filters and their counter are left out; additional dimensions of 1 are dropped.
+    """
+    ours, seen = {}, {}
+    for key, value in state.items():
+        if key.endswith("kernel") or "." not in key:
+            continue
+        for theirs, name in SWAPAE_LAYERS.items():
+            if key.startswith(theirs + "."):
+                key = name + key[len(theirs):]
+        for theirs, name in SWAPAE_LISTS.items():
+            if match := re.match(theirs, key):
+                blocks = seen.setdefault(name, [])
+                blocks += [match[0]] * (match[0] not in blocks)
+                key = f"{name}.{blocks.index(match[0])}{key[match.end():]}"
+        key = re.sub(r"\.(conv\.)?modulation\.", ".style.", key)
+        key = re.sub(r"\.(Conv|Act|conv|activate)\.(?=weight|bias)", ".", key)
+        key = key.replace(".noise.weight", ".noise")
+        ours[key] = (value[0] if value.dim() == 5 else value.flatten() if value.dim() == 4 and
+                     key.endswith("bias") else value)
+    return ours
+
+
+def swapae(state, path):
+    """The file of a released model (E, G and both discriminators) -> E, G."""
+    from swapae import Encoder, Generator
+
+    with expecting(path, "neither a checkpoint of swapae.py nor one released by the authors (a "
+                         "state_dict with E. and G.)"):
+        ours = swapae_names(state)
+
+        def widths(kind, layer):
+            keys = (f"{kind}.{i}{layer}.weight" for i in range(99))
+            return [len(ours[key]) for key in itertools.takewhile(ours.__contains__, keys)]
+
+        down, blocks = widths("E.down", ".conv2"), widths("G.blocks", ".conv1")
+        structure, texture = ours["E.to_structure.1.weight"], ours["E.to_texture.weight"]
+        codes, head = (len(structure), len(texture)), len(blocks) - len(down)
+        E = Encoder([len(ours["E.from_rgb.weight"]), *down, *widths("E.pool", "")],
+                    len(down), *codes)
+        G = Generator(blocks[:head], blocks[head:], *codes)
+        for name, net in (("E.", E), ("G.", G)):
+            net.load_state_dict({k[2:]: v for k, v in ours.items() if k.startswith(name)})
+        return E, G
+
+
+# ---- SPADE: G and E under other names; sizes and flags follow from the shapes --------------------
+
+SPADE_BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
+SPADE_NAMES = [  # theirs -> ours, for G and E; norm_s has the statistics of norm_0
+    (r"^(head_0|G_middle_\d|up_\d)\.", lambda found: f"blocks.{SPADE_BLOCKS.index(found[1])}."),
+    (r"norm_([01])\.param_free_norm", r"norm_\1"),
+    (r"norm_([01s])\.mlp_shared\.0", r"spade_\1.shared"), (r"norm_([01s])\.mlp_", r"spade_\1."),
+    (r"^conv_img", "to_rgb"), (r"^fc_mu", "mu"), (r"^fc_var", "logvar"),
+    (r"^layer(\d)\.0", lambda found: f"convs.{int(found[1]) - 1}"),
+    (r"weight_orig$", "parametrizations.weight.original"),
+    (r"weight_([uv])$", r"parametrizations.weight.0._\1")]
+
+
+def spade_names(state):
+    """A state dict of theirs under our names: gamma and beta come from one convolution here."""
+    renamed = {}
+    for key, value in state.items():
+        if not re.search(r"norm_s\.param_free_norm|num_batches_tracked", key):
+            for pattern, name in SPADE_NAMES:
+                key = re.sub(pattern, name, key)
+            renamed[key] = value
+    for key in [k for k in renamed if ".gamma." in k]:
+        pair = renamed.pop(key), renamed.pop(key.replace(".gamma.", ".beta."))
+        renamed[key.replace(".gamma.", ".gamma_beta.")] = torch.cat(pair)
+    return renamed
+
+
+def spade(state, path, args):
+    """latest_net_G.pth -> G. What its shapes tell is written to the flags `args`."""
+    from spade import KINDS, channels, generator
+
+    with expecting(path, "neither a checkpoint of spade.py nor a generator released by the authors "
+                         "(latest_net_G.pth), or of another --size"):
+        first, fc = state["head_0.norm_0.mlp_shared.0.weight"], state["fc.weight"]
+        m_channels, args.kernel, args.hidden = first.shape[1], first.shape[2], first.shape[0]
+        args.ngf = len(state["head_0.conv_0.bias"]) // 16
+        args.upsampling = "most" if "up_4.conv_0.bias" in state else args.upsampling
+        args.norm = ("syncbatch" if "head_0.norm_0.param_free_norm.running_mean" in state
+                     else "instance")
+        args.input, args.generator, args.spectral = "segmap", "spade", True
+        if fc.dim() == 2:
+            args.input, args.z = "encoder", fc.shape[1]
+        if args.labels is None or channels(args)[1] != m_channels:
+            known = {151: "ade20k", 36: "cityscapes", 184: "coco"}.get(m_channels)
+            preset = KINDS.get(known, {"labels": m_channels, "edges": False, "unlabelled": None})
+            vars(args).update({"unlabelled": None, "edges": False} | preset)
+            print(f"{path}: {m_channels} channels of labels"
+                  + (f", taken for {known}'s" if known else ""))
+        G = generator(args)
+        tracked = {k: v for k, v in G.state_dict().items() if k.endswith("num_batches_tracked")}
+        G.load_state_dict(spade_names(state) | tracked)
+        return G
+
+
+def spade_encoder(state, path):
+    """latest_net_E.pth -> E."""
+    from spade import Encoder
+
+    with expecting(path, "not an encoder released by the authors (latest_net_E.pth)"):
+        E = Encoder(len(state["layer1.0.weight_orig"]), len(state["fc_mu.bias"]),
+                    2 ** (2 + sum(k.endswith("weight_orig") for k in state)))
+        E.load_state_dict(spade_names(state))
+        return E
+
+
+# ---- pix2pixSC: pix2pixHD's generator, its layers in the order of ours --------------------------
+
+
+def pix2pixsc(state, path, args):
+    """latest_net_G.pth for --label-kind -> G. With ids, args.labels is set to what the file has."""
+    from pix2pixsc import Generator, label_channels
+
+    with expecting(path, "neither a checkpoint of pix2pixsc.py nor a generator of the authors "
+                         f"(latest_net_G.pth) for --label-kind {args.label_kind}"):
+        width, channels = state["model.1.weight"].shape[:2]
+        blocks = sum(k.endswith("conv_block.1.weight") for k in state)
+        downs = (len(state) - 4 - 4 * blocks) // 4
+        if args.label_kind == "ids":
+            args.labels = (channels - 3) // 2
+        return fill_by_order(Generator(label_channels(args), width, downs, blocks), state.values())
