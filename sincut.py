@@ -97,8 +97,7 @@ def get_args(argv=None):
     if args.size < args.tile or args.size % args.tile:
         raise UserError(f"--size {args.size}: must be a multiple of --tile {args.tile}")
     if not 0 < args.scale[0] <= args.scale[1]:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: expected a smaller and a larger "
-                        "width")
+        raise UserError("--scale {} {}: expected a smaller and a larger width".format(*args.scale))
     if args.batch < 2:
         raise UserError("--batch 1: the negatives are the other crops, 2 at least")
     return args

@@ -298,6 +298,7 @@ def blur(x, radius=2):
 
 
 def white_noise(x, deviation=0.3):
+    """x plus Gaussian noise, the same at every call; clipped to [-1, 1]."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return (x + deviation * noise.to(x)).clamp(-1, 1)
 

@@ -1015,6 +1015,17 @@ def start(folder, body, *launcher):
         start_new_session=True)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal here")
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """Under nohup a closed terminal does not end a run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = tiny_run(tmp_path / "run", 3, each=lambda run: signal.raise_signal(signal.SIGHUP))
+        assert run.step == 3 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name, workers", [("SIGINT", "spawn"), ("SIGHUP", "fork"),
                                            ("SIGTERM", "fork")])
 def test_a_stop_saves_and_says_how_to_go_on(whole, tmp_path, name, workers):

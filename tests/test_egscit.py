@@ -843,6 +843,20 @@ def test_evaluate_repeats_the_runs_scores(digit_run, digits, monkeypatch, capsys
     assert "+- " in printed
 
 
+def test_mnist_without_lab_is_trained_and_not_scored(tmp_path, monkeypatch, capsys):
+    def no_lab(module, needed_by):
+        raise common.UserError(f"{needed_by} needs the folder lab/ of the repository")
+
+    monkeypatch.setattr(egscit, "mnist", lambda args, split: drawn(40))
+    monkeypatch.setattr(egscit.train_digit_vgg, "__defaults__", (2, 4))
+    monkeypatch.setattr(common, "lab", no_lab)
+    run("--data", "mnist-single", "--small", *SIZES, "--pretrain", 1, "--steps", 1, "--out",
+        tmp_path / "run")
+    assert "no scores: the score of digits needs the folder lab/" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/result.json").read_text())["scores"] == []
+    assert checkpoint(tmp_path / "run")["step"] == 1
+
+
 def test_boards_train_and_are_scored(tmp_path, monkeypatch):
     toy.draw("digits_multiple", tmp_path / "boards", n=3, size=112, n_test=2)
     monkeypatch.setattr(toy, "ensure", lambda name, size: tmp_path / "boards")

@@ -117,6 +117,20 @@ def test_cut_similarity(noise, tmp_path, capsys):
     assert {(255, 0, 0), (0, 0, 255)} <= colours  # the queries
 
 
+def test_cut_coats(tmp_path, monkeypatch):
+    toy.draw("horse2zebra", tmp_path / "data", n=2, size=32, n_test=3)
+    monkeypatch.setattr(cut, "data_folder", lambda args: tmp_path / "data")
+    weights, texts = trained(cut, CUT, "toy", tmp_path / "run"), []
+    text = figures.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(figures.ImageDraw.ImageDraw, "text", lambda self, xy, words, *more: (
+        texts.append(words), text(self, xy, words, *more)))
+    draw("cut", "coats", "--weights", weights)
+    assert Image.open(tmp_path / "run/coats.png").width == 3 * 180
+    differences = [int(t.split(" by ")[1].rstrip("%")) for t in texts]
+    assert [t[0] for t in texts] == ["x", "G", "y"]
+    assert differences[2] == 0 < differences[0] <= 100 and 0 < differences[1] <= 100
+
+
 def test_segin_match(drawn, tmp_path, capsys):
     weights, data = trained(segin, SEGIN, drawn / "sketches", tmp_path / "run"), drawn / "sketches"
     draw("segin", "match", "--data", data, *SEGIN, "--out", tmp_path)  # without training
@@ -190,9 +204,9 @@ def test_mistakes_are_one_line(swapae_run, drawn, tmp_path, capsys):
     assert "cut match: no such figure" in line and "segin match" in line
     for script, figure in figures.FIGURES:
         if (script, figure) not in {("spade", "uniform"), ("segin", "match")}:
-            assert "--weights FILE is needed" in error_of(
-                capsys, figures.main, script, figure, "--data", drawn / "textures", "--device",
-                "cpu")
+            line = error_of(capsys, figures.main, script, figure, "--data", drawn / "textures",
+                            "--device", "cpu")
+            assert "--weights FILE" in line
     assert "written by swapae.py" in error_of(capsys, figures.main, "cut", "similarity",
                                               "--weights", swapae_run)
     (tmp_path / "file").write_text("")

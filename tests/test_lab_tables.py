@@ -218,7 +218,8 @@ def test_verdict(better, worse, direction, expected):
 
 def test_markdown(lab, capsys):
     lab(Row("Full", paper={"FID": 45.5}), Row("Worse", "worse", paper={"IoU": 0.1}),
-        claims=[("Full", "Worse", "ten is much"), ("Worse", "Full", "or not")])
+        claims=[("Full", "Worse", "ten is much"), ("Worse", "Full", "or not"),
+                ("Full", "Worse", "it gains", "gain")])
     run()
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -229,7 +230,8 @@ def test_markdown(lab, capsys):
         "| Worse | 11.8 (10.2 to 13.2) | 20 (20 to 20) |  | 0.1 |",
         "| copy | 9 |  |  |  |", "",
         "- shows, by chance 1 in 20: ten is much (Full before Worse, error)",
-        "- does not show, by chance 1 in 20: or not (Worse before Full, error)"]
+        "- does not show, by chance 1 in 20: or not (Worse before Full, error)",
+        "- undecided: it gains (Full before Worse, gain)"]
     tables.main([])
     assert capsys.readouterr().out.splitlines() == [
         "fake.tab  Tab. 0; 6 results, 0.1 hours", "    Full: seeds 0 1 2", "    Worse: seeds 0 1 2"]
@@ -244,8 +246,8 @@ def test_tables_are_sound(name):
     labels = [row.label for row in table.rows]
     assert name.startswith(f"{table.script}.") and "--steps" in table.flags
     assert len({series.files(row, 0)[0].name.lower() for row in table.rows}) == len(labels)
-    for better, worse, words in table.claims:
-        assert better in labels and worse in labels and better != worse and words
+    for better, worse, words, *score in table.claims:
+        assert better in labels and worse in labels and better != worse and words and len(score) < 2
 
 
 @pytest.mark.parametrize("name, row", [
