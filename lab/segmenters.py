@@ -50,6 +50,7 @@ def scores(table):
 
 
 def conv_block(a, b, stride=1):
+    """3x3 convolution, batch norm, ReLU: (B, a, H, W) -> (B, b, H / stride, W / stride)."""
     return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
 
 
