@@ -247,7 +247,7 @@ class Projector(nn.Module):  # same as cut.py: Projector
         for mlp, (layer, s) in zip(self.mlps, places.items(), strict=True):
             patches = features[layer].flatten(2)[:, :, s].transpose(1, 2)          # (B, S_l, C_l)
             v = full(mlp(patches))                                                 # (B, S_l, 256)
-            # CHOICE (code): + 1e-7, where xavier's first rows are as short as that themselves
+            # CHOICE (code): + 1e-7, not max(., 1e-7): xavier's first rows are as short as 8e-6
             z.append(v / (v.norm(dim=2, keepdim=True) + 1e-7))
         return z
 

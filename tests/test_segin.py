@@ -824,6 +824,7 @@ def test_evaluate_on_toy_data_repeats_the_runs_scores(drawn, tmp_path, monkeypat
 
 
 def test_user_errors_are_one_line(drawn, trained, side_by_side, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs/ comes there
     weights = trained / "last.pt"
     line = run_fails(capsys, "--data", tmp_path / "nowhere")
     assert "nowhere" in line and "train_sketch" in line
@@ -851,7 +852,8 @@ def test_user_errors_are_one_line(drawn, trained, side_by_side, tmp_path, capsys
     assert "--lpips vgg" in run_fails(capsys, "--evaluate", "--data", drawn, "--weights", weights)
 
 
-def test_bad_partners_are_named(tmp_path, capsys):
+def test_bad_partners_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs/ comes there
     toy.draw("sketches", tmp_path / "a", n=2, size=32, n_test=2)
     folder = tmp_path / "a"
     (folder / "train_mask/0001.png").unlink()
