@@ -159,8 +159,8 @@ def test_projector_divides_by_the_norm_plus_1e_7():
                     torch.testing.assert_close(row, v / (v.square().sum().sqrt() + 1e-7),
                                                rtol=1e-9, atol=1e-12)
                     if i == 0 and scale == 1e-7:  # the case that tells the two forms apart
-                        assert 1e-9 < float(v.detach().norm()) < 1e-6
-                        assert float(row.detach().norm()) < 0.9
+                        assert 1e-9 < float(v.detach().norm()) < 1e-5
+                        assert float(row.detach().norm()) < 0.99
 
 
 # ---- losses -------------------------------------------------------------------------------------
