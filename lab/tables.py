@@ -60,7 +60,7 @@ BACKGROUND = "background error"
 TABLES = {
     "cyclegan.tab3.4": Table(
         "cyclegan", "Tab. 3.4: which terms of Eq. (3.3) are needed (paper: labels -> photo)",
-        score="stripe direction error", flags=["--steps", "400"],
+        score="stripe direction error", flags=["--steps", "300"],
         rows=[Row("Cycle alone", "cycle_alone", paper={"class IoU": 0.02}),
               Row("GAN alone", "GAN_alone", paper={"class IoU": 0.08}),
               Row("GAN + forward cycle", "GAN_forward", paper={"class IoU": 0.12}),
@@ -72,7 +72,7 @@ TABLES = {
                 ("CycleGAN", "GAN + backward cycle", "one cycle is not enough", BACKGROUND)]),
     "cyclegan.tab3.1": Table(
         "cyclegan", "Tab. 3.1 to 3.3: what else than cycles keeps the content, and other losses",
-        score=BACKGROUND, flags=["--steps", "400"],
+        score=BACKGROUND, flags=["--steps", "300"],
         rows=[Row("CycleGAN", paper={"map -> photo, % real": 26.8}),
               Row("SimGAN", "simgan", paper={"map -> photo, % real": 0.7}),
               Row("Feature loss + GAN", "feature_loss", paper={"map -> photo, % real": 1.2}),
@@ -84,7 +84,7 @@ TABLES = {
                 ("CycleGAN + L_identity (Fig. 3.9)", "CycleGAN", "L_identity keeps colours")]),
     "cut.fig3.24": Table(
         "cut", "Fig. 3.24: what the contrastive loss needs (paper: horse -> zebra)",
-        score="stripe direction error", flags=["--steps", "400"],
+        score="stripe direction error", flags=["--steps", "300"],
         rows=[Row("CUT", paper={"FID": 45.5}), Row("no id", "no_id"),
               Row("no id, 15 neg", "no_id_15_neg"), Row("last", "last"),
               Row("int and ext", "int_and_ext"), Row("ext only", "external"),
@@ -96,7 +96,7 @@ TABLES = {
                 ("CUT", "last", "one layer preserves less of the content", BACKGROUND)]),
     "cut.additional": Table(
         "cut", "additional ablations of Sec. 3.3.2, and FastCUT (paper: horse -> zebra)",
-        score="stripe direction error", flags=["--steps", "400"],
+        score="stripe direction error", flags=["--steps", "300"],
         rows=[Row("CUT", paper={"FID": 46.6}),
               Row("encoders not shared", "encoders_apart", paper={"FID": 50.5}),
               Row("no NCE gradient to G_dec", "decoder_unmoved", paper={"FID": 444.2}),
