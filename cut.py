@@ -431,21 +431,23 @@ def train_step(nets, x, y, args, rng):
 
     def nce(source, features, output, bank):
         """Eq. (3.7): every patch of output = G(source) is to find its place in source."""
-        with torch.no_grad():  # keys: G's pass has made the features, but of a mirrored source
-            z = H(G.encode(source) if flip else features, places)     # [(B, S_l, 256)]
-        # The queries pass the same encoder. Its weights learn from them too, so G_enc gets its
-        # gradient twice: as the way to y_hat, and as the eye that looks at y_hat.
-        z_hat = H([mirrored(f) for f in G.encode(output)], places)    # [(B, S_l, 256)]
-        return patch_nce(z_hat, z, args, bank)
+        with autocast():
+            with torch.no_grad():  # keys: G's pass made the features, but of a mirrored source
+                z = H(G.encode(source) if flip else features, places)     # [(B, S_l, 256)]
+            # The queries pass the same encoder. Its weights learn from them too, so G_enc gets its
+            # gradient twice: as the way to y_hat, and as the eye that looks at y_hat.
+            z_hat = H([mirrored(f) for f in G.encode(output)], places)    # [(B, S_l, 256)]
+        return patch_nce(z_hat, z, args, bank)        # outside: v . v+ / tau wants float32
 
     bank_X, bank_Y = getattr(nets, "bank_X", None), getattr(nets, "bank_Y", None)
     with autocast():
         L_GAN = lsgan(D(y_hat), 1.0)                                  # Eq. (3.5), what G minimises
-        NCE_X = nce(x, features, y_hat, bank_X)                       # Eq. (3.7) on X
-        NCE_Y = torch.zeros((), device=x.device)
-        if args.lambda_Y > 0:                         # G(y) should be y, as far as patches can tell
-            y_same, features = G(mirrored(y))
-            NCE_Y = nce(y, features, y_same, bank_Y)                  # Eq. (3.7) on Y
+    NCE_X = nce(x, features, y_hat, bank_X)                           # Eq. (3.7) on X
+    NCE_Y = torch.zeros((), device=x.device)
+    if args.lambda_Y > 0:                             # G(y) should be y, as far as patches can tell
+        with autocast():
+            y_same, features = G(mirrored(y))                         # (B, 3, H, W), 5 maps
+        NCE_Y = nce(y, features, y_same, bank_Y)                      # Eq. (3.7) on Y
     L = L_GAN + args.lambda_X * NCE_X + args.lambda_Y * NCE_Y         # Eq. (3.9)
     nets.opt_G.zero_grad()
     nets.opt_H.zero_grad()

@@ -403,6 +403,20 @@ def test_every_weight_learns_and_losses_are_float32(flags):
                                                          strict=True))
 
 
+def test_similarities_are_float32_with_amp(monkeypatch):
+    """v . v+ / tau up to 14 has steps of 1/16 in bfloat16."""
+    args, inside = tiny_args("--amp"), []
+    nets, patch_nce = cut.build(args, CPU), cut.patch_nce
+
+    def spy(z_hat, z, args, bank):
+        inside.append(torch.is_autocast_enabled("cpu") or z[0].dtype != torch.float32)
+        return patch_nce(z_hat, z, args, bank)
+    monkeypatch.setattr(cut, "patch_nce", spy)
+    x = noise(2, 3, 32, 32, dtype=torch.float32)
+    cut.train_step(nets, x, x, args, rng())
+    assert inside == [False, False]
+
+
 @pytest.mark.slow
 def test_compile_does_not_compile_anew_at_every_step():
     from torch._dynamo.utils import counters
