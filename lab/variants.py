@@ -147,7 +147,7 @@ def tried(script, test, changed, timeout=None):
             (tree / file).write_text(text)
         with open(log, "w") as out:
             child = subprocess.Popen(
-                [sys.executable, *"-m pytest -x -q -p no:cacheprovider".split(),
+                [sys.executable, *"-m pytest -x -q -p no:cacheprovider -o addopts=".split(),
                  f"tests/test_{script}.py", "-k", test], cwd=tree, stdout=out, stderr=out,
                 env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
             try:
