@@ -344,11 +344,12 @@ def test_samples_depend_on_seed_and_number_and_every_epoch_shows_all(folder, mon
     assert not all(torch.equal(data[n][0], other[n][0]) for n in range(4))
     seen = []
     monkeypatch.setattr(data, "load", lambda path, rng, late: seen.append(path) or torch.zeros(1))
-    for n in range(8):
+    for n in range(40):
         data[n]
-    xs = seen[0::2]
-    assert set(xs[:4]) == set(xs[4:]) == set(data.X) and xs[:4] != xs[4:]
-    assert {path.parent.name for path in seen[1::2]} == {"trainB"}
+    xs, ys = seen[0::2], seen[1::2]
+    assert set(xs[:4]) == set(xs[4:8]) == set(data.X) and xs[:4] != xs[4:8]
+    assert set(ys) == set(data.Y) and data.Y[0].parent.name == "trainB"
+    assert all(len({y for a, y in zip(xs, ys, strict=True) if a == x}) > 1 for x in data.X)
 
 
 def test_half_of_the_pictures_are_mirrored_and_keep_aspect_crops_the_long_side(folder):
