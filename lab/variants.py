@@ -22,6 +22,7 @@ marker alone), a line @@ between two. An empty line ends a section; comments (#)
 import argparse
 import contextlib
 import difflib
+import multiprocessing
 import os
 import re
 import shlex
@@ -34,6 +35,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
+import torch._dynamo  # noqa: F401
+import torchvision  # noqa: F401
 
 from common import UserError, entry
 
@@ -135,9 +140,24 @@ def run(script, name, flags):
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
+def tested(log, tree, arguments):
+    """In a process of its own: pytest's exit code for the tests of a tree, what it says in log."""
+    os.setsid()  # a group that can be killed with what the test has started
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    for number in (1, 2):  # what the test's own children print, too
+        os.dup2(sys.stdout.fileno(), number)
+    os.chdir(tree)
+    for name in [n for n in sys.modules if re.match(r"(common|lab|helpers)\b", n)]:
+        del sys.modules[name]  # the tree's own are to be imported
+    sys.path[:] = [str(tree)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]))
+
+
 def tried(script, test, changed, timeout=None):
     """Run a test in a copy of the tree with files {name: text} changed: (pytest's exit code or None
-    after timeout seconds, the test that failed or what else went wrong, seconds)."""
+    after timeout seconds, the test that failed or what else went wrong, seconds).
+
+    WHY a fork: it has torch and pytest loaded; importing them anew takes 5 s of CPU each time."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         tree, log, begin = Path(scratch, "tree"), Path(scratch, "log"), time.monotonic()
         shutil.copytree(ROOT, tree, ignore=lambda folder, names: [
@@ -145,19 +165,17 @@ def tried(script, test, changed, timeout=None):
             and not re.fullmatch(r"lab|tests|pyproject\.toml|\w+\.py", n)])
         for file, text in changed.items():
             (tree / file).write_text(text)
-        with open(log, "w") as out:
-            child = subprocess.Popen(
-                [sys.executable, *"-m pytest -x -q -p no:cacheprovider -o addopts=".split(),
-                 f"tests/test_{script}.py", "-k", test], cwd=tree, stdout=out, stderr=out,
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-            try:
-                child.wait(timeout)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # with what the test has started
-                return None, "timeout", timeout
+        child = multiprocessing.get_context("fork").Process(
+            target=tested, args=(log, tree, [f"tests/test_{script}.py", "-k", test]))
+        child.start()
+        child.join(timeout)
+        if child.exitcode is None:
+            os.killpg(child.pid, signal.SIGKILL)  # with what the test has started
+            child.join()
+            return None, "timeout", timeout
         text = log.read_text(errors="replace").strip()
     failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", text, re.MULTILINE)
-    code = child.returncode if failed or child.returncode != 1 else 3  # 1: python without pytest
+    code = child.exitcode if failed or child.exitcode != 1 else 3  # 1: pytest could not start
     reasons = failed or re.findall("^E  +(.+)$", text, re.MULTILINE) or [text.split("\n")[-1]]
     return code, reasons[-1], time.monotonic() - begin
 
