@@ -90,7 +90,8 @@ def test_contents_of_a_result(lab):
     folder = root / "lab/results/fake.tab"
     assert sorted(p.name for p in folder.iterdir()) == ["Full-3.json", "Worse_by_10-3.json"]
     record = json.loads((folder / "Worse_by_10-3.json").read_text())
-    patched = FAKE.replace("+ 0.25", "+ 10.25") + (root / "common.py").read_text()
+    patched = tables.without_words(FAKE.replace("+ 0.25", "+ 10.25")) + tables.without_words(
+        (root / "common.py").read_text())
     cpu = record.pop("cpu")
     assert isinstance(cpu, str) and cpu
     assert record == {
@@ -113,7 +114,11 @@ def test_results_are_kept_and_again_forgets_them(lab, capsys):
     assert json.loads(path.read_text())["seconds"] == 1
     assert (path.parent / "Full-1.json").exists()
     assert "Measured with other" not in capsys.readouterr().out
-    (root / "common.py").write_text("# newer\n")
+    with open(root / "common.py", "a") as f:
+        f.write("# newer words\n\n# ==== 2. Pictures\nx = 1\n")
+    run("--seeds", 0, 1)
+    assert "Measured with other" not in capsys.readouterr().out
+    (root / "common.py").write_text("newer = 1\n")
     run("--seeds", 0, 1)
     assert "Measured with other code or flags than today's: Full seed 0, Full seed 1" in (
         capsys.readouterr().out)
