@@ -13,12 +13,12 @@ T. Park, "Machine Learning for Deep Image Manipulation", UC Berkeley 2021.
 
 SYMBOLS      paper                 here            shape
              x                     x               (B, 3, H, W) in [-1, 1]
-             (z_s, z_t) = E(x)     s, t = E(x)     (B, 8, H/16, W/16), (B, 2048)
-             G(z_s, z_t)           G(s, t)         (B, 3, H, W)
-             x^1, x^2              x[i ^ 1], x[i]  neighbours in the batch exchange structure
+             (z_s, z_t) = E(x)     z_s, z_t        (B, 8, H/16, W/16), (B, 2048)
+             G(E(x))               x_rec           (B/2, 3, H, W), of the first half of x
+             G(z_s^1, z_t^2)       x_hyb           (B, 3, H, W): x is x^2, its neighbour x^1
              D                     D               (B, 3, H, W) -> logits (B, 1)
-             D_patch               P               references, queries -> logits (B, 8)
-             crop, crops           random_crops    (B, 8, 3, 128, 128)
+             D_patch               D_patch         queries, references -> logits (B, 8)
+             crop, crops           crops           (B, 3, H, W) -> (B, 8, 3, 128, 128)
 
 OBJECTIVE    Eq. (4.1)  L_rec(E, G) = E_x |x - G(E(x))|_1
              Eq. (4.2)  L_GAN,rec(E, G, D) = E_x -log D(G(E(x)))
@@ -26,31 +26,34 @@ OBJECTIVE    Eq. (4.1)  L_rec(E, G) = E_x |x - G(E(x))|_1
              Eq. (4.4)  L_CooccurGAN(E, G, D_patch)
                                     = E_x1,x2 -log D_patch(crop(G(z_s^1, z_t^2)), crops(x^2))
              Sec. 4.3.4 L_total = L_rec + 0.5 L_GAN,rec + 0.5 L_GAN,swap + L_CooccurGAN
+             Sec. 4.4.8 D and D_patch minimise E -log D(real) + E -log(1 - D(fake)), and R1 lazily
 
-CHOICES      The default is the authors' released code; --follow thesis sets what the text says:
-             N hybrids of a batch of N, weight 1 (text: N/2, weight 0.5; per picture the same).
+CHOICES      where the text is silent, or differs from what the authors ran (their released code):
+             N hybrids of a batch of N, weight 1 (text: N/2; 0.5 in Sec. 4.3.4, "all 1.0" in 4.4.8).
+             Per picture the code's weights are those of Sec. 4.3.4.
+             Batch 16 at 256 pixels, 32 for some sets (text: 64 there, 16 above).
              Two residual blocks before the upsampling ones (text: four, of unknown widths).
              Demodulation normalises style and weights each by itself (text: StyleGAN2's, jointly).
-             Codes have unit length, at every place (text: no word of it).
-             E's skips are padded by zeros (text: reflection or nothing, so that the texture code
-             cannot know where it is).
-             R1 of D_patch weighs a quarter, for gradients to both sets of crops (text: a half, as
-             for D). D's Adam makes up for the extra R1 updates like StyleGAN2's (text: plain).
-             Without a flag, as in the code: crops are resized to 128 pixels (a quarter of 512,
-             which five halvings need); three hidden dense layers, then the logit; the structure
-             code is scaled and shifted by the texture code before G's first block; L1 is a mean;
-             no moving average of the weights (--ema has one); D and G see different batches.
-             E blurs by [1, 2, 1], the others by [1, 3, 3, 1]. Settings: --setting 1024 trains
-             768-pixel crops of narrower networks, as released (text: 1024 after 512).
+             Codes have unit length, at every place (text: no word of it), and the structure code is
+             scaled and shifted by the texture code before G's first block.
+             E's skips are padded by zeros, so a texture code can tell a border (text: reflection or
+             none, so that it cannot).
+             R1 of D_patch weighs a quarter, for gradients to both sets of crops (text: 1, of which
+             StyleGAN2 takes half).
+             Crops are resized to 128 pixels (text: to a quarter of the picture, the same at 512);
+             "3 dense layers" are hidden ones, and the logit's. In two launchers the references are
+             not averaged, but paired with the queries: --setting church, bedroom.
+             L1 is a mean. No moving average of the weights (--ema has one). D and G see different
+             batches. E blurs by [1, 2, 1], the others by [1, 3, 3, 1]. --setting 1024 trains
+             768-pixel crops of narrower networks (text: 1024 after 512).
+             `python -m lab.variants show swapae thesis` is the text, as a diff. Not here: user
+             studies, the detector of Tab. 4.4, and the baselines of Tabs. 4.1 to 4.3.
 
 USAGE        python swapae.py                                 # toy world, a score at the end
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
-             python -m lab.figures swapae grid --weights last.pt  # interpolate, pca, corruptions
-EXPECT       python swapae.py: 2,200 steps, 18 minutes on one CPU core (0.48 s each). The colours of
-             figures follow the texture picture by step 400, those of the ground later; rims and
-             rings mostly stay with the structure. Swap error 32 grey levels of 255 (colour transfer
-             35, the picture unchanged 52), reconstruction 13. D and P stay near 0.65, undecided.
+             python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
+EXPECT       TODO
 """
 
 import argparse
@@ -59,8 +62,7 @@ import functools
 import math
 import random
 import re
-import statistics
-import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,169 +72,123 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-from common import Run, UserError
-
-LAYOUT = "a folder of pictures, or one with train/ (and test/), or with trainA/ trainB/"
+from common import Run, UserError, full
 
 # =============================================================================================
 # 1. Configuration
 # =============================================================================================
 
+LAYOUT = "a folder of pictures, or one with train/ (and test/), or with trainA/ trainB/"
 SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4.8)
     "256": {},
-    "512": {"size": 512},
+    "church": {"aggregate": False},                # trained anew; their released weights: "256" ...
+    "bedroom": {"aggregate": False, "batch": 32},  # ... with batch 32, as for AFHQ
+    "512": {"size": 512},                          # FFHQ
     "mountains": {"size": 512, "lambda_patch_R1": 10.0},
     "1024": {"size": 768, "load": 1024, "downs": 5, "texture": 1536, "patch": 256,
-             "width_E": 0.4, "width_G": 0.8},
+             "widths": [0.4, 0.8, 1.0, 1.0]},      # FFHQ
 }
-FOLLOW = {
-    "code": {},
-    "thesis": {"hybrids": "half", "lambda_gan_swap": 0.5, "base_blocks": 4, "code_norm": "none",
-               "demodulation": "joint", "skip_padding": "reflect", "lazy_adam": False,
-               "lambda_patch_R1": 2.0},  # which is the text's 1: `train_step` halves it
-}
-ABLATIONS = {"none": {}, "no-cooccurrence": {"lambda_cooccur": 0.0}}
-# WHY: 64 pixels in 2,000 steps need other proportions than 256 in 1.6 million. A structure code of
-# two channels cannot keep the colours, codes of mean square 1 modulate G strongly from the start
-# (so the texture code is used at once), and D_patch must learn in this time, too. Averaged weights
-# are steadier where the rate never falls.
-TOY = {"size": 64, "batch": 4, "steps": 2200, "downs": 2, "structure": 2, "texture": 128,
-       "code_norm": "rms", "noise": False, "width_E": 0.5, "width_G": 0.25, "width_D": 0.0625,
-       "width_P": 0.25, "patch": 16, "crops": 4, "lambda_rec": 5.0, "lambda_patch_R1": 0.05,
-       "ema": 0.99, "vgg": "random", "lpips": "vgg", "workers": 0, "sample_every": 200}
+TOY = {}
+PICTURES = 25_000_000  # shown to D and to G together (code; the text is silent)
 
 
 def get_args(argv=None):
-    """Flags in layers: defaults < --setting < --follow < toy < --ablation < checkpoint < flags."""
+    """Flags in layers: defaults < --setting < toy preset < checkpoint < command line."""
     p = common.base_parser(__doc__)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--setting", choices=list(SETTINGS), default="256", help="sizes and widths (Sec. 4.4.8)")
-    add("--follow", choices=list(FOLLOW), default="code", help="where they differ, see CHOICES")
-    add("--ablation", choices=list(ABLATIONS), default="none", help="train without D_patch")
     add("--size", type=int, default=256, help="training crop, sides in pixels (Sec. 4.4.8)")
-    add("--load", type=int, default=None, help="the short side is resized to this (--size)")
-    add("--batch", type=int, default=16, help="pictures per update and process, even (4.4.8: 64)")
-    add("--images", type=int, default=25_000_000, help="pictures shown to D and G together (code)")
-    add("--steps", type=int, default=None, help="pairs of updates, D then G; overrides --images")
-    add("--lr", type=float, default=2e-3, help="Adam's rate (Sec. 4.4.8)")
-    add("--beta1", type=float, default=0.0, help="Adam's first decay (Sec. 4.4.8)")
-    add("--beta2", type=float, default=0.99, help="Adam's second decay (Sec. 4.4.8)")
-    add("--lazy-adam", action=switch, default=True, help="D's Adam allows for R1 (StyleGAN2)")
+    add("--load", type=int, help="the short side is resized to this first (--size)")
+    add("--batch", type=int, default=16, help="pictures per update and process, even (code)")
+    add("--steps", type=int, help="pairs of updates, D then G (code: 25 million pictures in all)")
     add("--downs", type=int, default=4, help="halvings from picture to structure (Sec. 4.4.7)")
     add("--structure", type=int, default=8, help="channels of the structure code (Sec. 4.4.7)")
     add("--texture", type=int, default=2048, help="length of the texture code (Sec. 4.4.7)")
-    add("--base-blocks", type=int, default=2, help="G's blocks before upsampling (Sec. 4.4.7: 4)")
-    for net, what in (("E", "from 32"), ("G", "from 512"), ("D", "up to 512"), ("P", "up to 384")):
-        add(f"--width-{net}", type=float, default=1.0, help=f"factor on {net}'s widths, {what}")
-    add("--demodulation", choices=["apart", "joint"], default="apart", help="see `StyledConv`")
     add("--code-norm", choices=["unit", "rms", "none"], default="unit",
         help="codes get length 1, or mean square 1 (learns faster), or stay as they are")
-    add("--skip-padding", choices=["zero", "reflect"], default="zero", help="of E's skips")
-    add("--noise", action=switch, default=True, help="noise injection in G (Sec. 4.4.7)")
-    add("--hybrids", choices=["all", "half"], default="all",
-        help="of every picture, or the second half (4.4.8), with --lambda-gan-swap 0.5")
+    add("--widths", type=float, nargs=4, default=[1.0] * 4, metavar="F",
+        help="factors on the widths of E, G, D and D_patch")
     add("--lambda-rec", type=float, default=1.0, help="weight of Eq. (4.1) (Sec. 4.3.4)")
-    add("--lambda-gan-rec", type=float, default=0.5, help="weight of Eq. (4.2) (Sec. 4.3.4)")
-    add("--lambda-gan-swap", type=float, default=1.0, help="weight of Eq. (4.3) (4.3.4: 0.5)")
+    add("--lambda-GAN-rec", type=float, default=0.5, help="weight of Eq. (4.2) (Sec. 4.3.4)")
+    add("--lambda-GAN-swap", type=float, default=1.0, help="weight of Eq. (4.3) (4.3.4: 0.5)")
     add("--lambda-cooccur", type=float, default=1.0, help="weight of Eq. (4.4) (Sec. 4.3.4)")
     add("--lambda-R1", type=float, default=10.0, help="R1 penalty of D (Sec. 4.4.8)")
-    add("--lambda-patch-R1", type=float, default=1.0, help="R1 penalty of P (Sec. 4.4.8)")
-    add("--R1-every", type=int, default=16, help="D updates per R1 update; 0: no R1 (StyleGAN2)")
+    add("--lambda-patch-R1", type=float, default=1.0, help="R1 penalty of D_patch (Sec. 4.4.8)")
+    add("--R1-every", type=int, default=16, help="updates of D per R1 update; 0: none (StyleGAN2)")
     add("--crops", type=int, default=8, help="patches per picture (Sec. 4.4.8)")
     add("--crop", type=float, nargs=2, default=[1 / 8, 1 / 4], metavar="SHARE",
         help="a patch's sides, as shares of the picture's (Sec. 4.3.3; Fig. 4.6 varies them)")
     add("--patch", type=int, default=128, help="patches are resized to this square, in pixels")
     add("--aggregate", action=switch, default=True, help="average the references' features")
     add("--ema", type=float, default=0.0, help="decay of averaged E and G for use; 0: none")
-    add("--exemplar", default=None, metavar="PATH",
-        help="--translate: whose texture; a picture or a folder (with --clone: whose structure)")
-    add("--alpha", type=float, nargs="+", default=[1.0], help="how far to go to its texture code")
-    add("--vector", nargs=2, default=None, metavar="FOLDER",
+    add("--exemplar", metavar="PATH", help="--translate: whose texture (--clone: whose structure)")
+    add("--vector", nargs=2, metavar="FOLDER",
         help="--translate: add the mean texture code of the first less that of the second")
-    add("--pca", type=int, default=None, metavar="K",
+    add("--pca", type=int, metavar="K",
         help="--translate: move along --data's K-th principal direction, in deviations")
-    add("--mask", default=None, metavar="FILE|X,Y",
-        help="--pca: of the structure code, where a picture is white, or similar to pixel X,Y")
-    add("--similar", type=float, default=0.5, help="--mask X,Y: least cosine similarity")
-    add("--gain", type=float, nargs="+", default=[1.0], help="factors of --vector or --pca")
-    add("--clone", type=int, nargs=6, default=None, metavar="PX",
+    add("--mask", metavar="FILE|X,Y|all", help="--pca: of the structure code's places: where a "
+        "picture is white, or alike to pixel X,Y; all: of the whole map, for aligned pictures")
+    add("--clone", type=int, nargs=6, metavar="PX",
         help="--translate: copy structure from the box X Y W H to TO_X TO_Y")
-    add("--vgg", choices=["imagenet", "random"], default="imagenet",
-        help="VGG and Inception of the metrics: torchvision's weights, or a random stand-in")
-    add("--lpips", choices=["alex", "vgg"], default="alex",
-        help="--evaluate: LPIPS, or unweighted distances of --vgg's features")
-    add("--fid-weights", default=None, metavar="FILE", help="Inception weights for --evaluate")
+    add("--alpha", type=float, nargs="+", default=[1.0],
+        help="how far to go: to --exemplar's texture, or along --vector or --pca")
+    add("--vgg", default="imagenet", metavar="imagenet|random|FILE",
+        help="network of the metrics; random and FILE (VGG-16, torchvision's) are stand-ins")
+    add("--fid-weights", metavar="FILE", help="Inception weights for --evaluate")
 
     def presets(args):
-        return (SETTINGS[args.setting] | FOLLOW[args.follow] | (TOY if args.data == "toy" else {})
-                | ABLATIONS.get(args.ablation, {}))
+        return SETTINGS[args.setting] | (TOY if args.data == "toy" else {})
 
     args = common.parse_flags(p, argv, "swapae", presets, run_name)
     least, cells = 7 * 2 ** args.downs, 4 * args.size / 2 ** round(math.log2(max(args.size, 1)))
-    if args.size < least or args.size % 2 ** args.downs or cells % 1:
-        raise UserError(f"--size {args.size}: must be at least {least}, a multiple of "
-                        f"{2 ** args.downs}, and shrink to whole places in D (like 128, 192, 256)")
-    if args.batch % 2:
-        raise UserError(f"--batch {args.batch}: must be even, because neighbours are swapped")
-    if args.load and args.load < args.size:
-        raise UserError(f"--load {args.load}: must be at least --size {args.size}")
-    if args.patch < 8 or args.patch & (args.patch - 1):
-        raise UserError(f"--patch {args.patch}: must be a power of two, 8 at least")
-    if not 0 < args.crop[0] <= args.crop[1] <= 1:
-        raise UserError(f"--crop {args.crop[0]} {args.crop[1]}: expected two shares of a side, the "
-                        "smaller one first")
-    if args.crops < 1 or args.downs < 1 or args.base_blocks < 1 or args.R1_every < 0:
-        raise UserError("--crops, --downs, --base-blocks: must be at least 1; --R1-every: 0")
-    for net, low in (("E", 1 / 32), ("G", 1 / 64), ("D", 1 / 64), ("P", 1 / 64)):
-        if getattr(args, f"width_{net}") < low:
-            raise UserError(f"--width-{net} {getattr(args, f'width_{net}')}: at least {low}")
-    if not 0 <= args.ema < 1:
-        raise UserError(f"--ema {args.ema}: must lie between 0 and 1")
-    if args.clone and (min(args.clone) < 0 or 0 in args.clone[2:4]):
-        raise UserError("--clone X Y W H TO_X TO_Y: pixels from 0 on, W and H at least 1")
-    if not args.translate:
-        for name in ("exemplar", "vector", "pca", "clone", "mask"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name}: needs --translate PATH")
+    for wrong, message in (
+            (args.downs < 1, f"--downs {args.downs}: must be at least 1"),
+            (args.size < least or args.size % 2 ** args.downs or cells % 1,
+             f"--size {args.size}: must be at least {least}, a multiple of {2 ** args.downs}, and "
+             "shrink to whole places in D (like 128, 192, 256)"),
+            (args.load and args.load < args.size,
+             f"--load {args.load}: must be at least --size {args.size}"),
+            (args.batch % 2, f"--batch {args.batch}: must be even: neighbours are swapped"),
+            (args.patch < 8 or args.patch & (args.patch - 1),
+             f"--patch {args.patch}: must be a power of two, 8 at least"),
+            (not 0 < args.crop[0] <= args.crop[1] <= 1,
+             f"--crop {args.crop}: expected two shares of a side, the smaller one first"),
+            (args.crops < 1, f"--crops {args.crops}: must be at least 1"),
+            (args.R1_every < 0, f"--R1-every {args.R1_every}: must be 0 or more"),
+            (min(args.widths) < 1 / 64, f"--widths {args.widths}: at least 1/64 each"),
+            (not 0 <= args.ema < 1, f"--ema {args.ema}: must lie between 0 and 1")):
+        if wrong:
+            raise UserError(message)
     return args
 
 
 def run_name(args):
-    ablation = "" if args.ablation == "none" else f"-{args.ablation}"
-    return f"swapae-{Path(args.data).name}{ablation}"
+    return f"swapae-{Path(args.data).name}"
 
 
 # =============================================================================================
-# 2. Networks
+# 2. Networks: StyleGAN2's parts (Sec. 4.4.7)
 # =============================================================================================
-# StyleGAN2's parts, in plain PyTorch. Two habits keep them fast without changing a number. Filters
-# are depthwise convolutions, and at stride 2 where only every second place is read. Constant gains
-# (sqrt 2 after leaky ReLU, 1/sqrt 2 of a residual sum) multiply the small weights, not the large
-# maps, which leaky ReLU allows because it commutes with positive factors. D and P are linear but
-# for leaky ReLU, so R1 can differentiate twice.
+
+
+def leaky(x):
+    """Leaky ReLU with slope 0.2 and a gain of sqrt 2, which keeps the variance."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
 class EqualConv(nn.Module):
-    """Convolution with run-time weight scale 1/sqrt(fan-in); maybe bias, leaky ReLU, gain sqrt 2.
+    """Convolution with run-time weight scale 1/sqrt(fan-in), maybe a bias and leaky ReLU."""
 
-    (B, a, H, W) -> (B, b, ...). pad: zeros, or mirrored pixels with `reflect`. `gain` of forward
-    multiplies the result.
-    """
-
-    def __init__(self, a, b, kernel, stride=1, pad=0, reflect=False, activate=True, bias=True):
+    def __init__(self, a, b, kernel, stride=1, padding=0, bias=True, activate=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(b, a, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(b)) if bias else None
-        self.stride, self.pad, self.reflect, self.activate = stride, pad, reflect, activate
+        self.stride, self.padding, self.activate = stride, padding, activate
 
-    def forward(self, x, gain=1.0):
-        gain = gain * math.sqrt(2) if self.activate else gain
-        if self.reflect:
-            x = F.pad(x, (self.pad,) * 4, mode="reflect")
-        x = F.conv2d(x, self.weight * (gain * self.weight[0].numel() ** -0.5),
-                     None if self.bias is None else self.bias * gain, self.stride,
-                     0 if self.reflect else self.pad)
-        return F.leaky_relu_(x, 0.2) if self.activate else x  # in place: a map less to keep
+    def forward(self, x):
+        scale = self.weight[0].numel() ** -0.5
+        x = F.conv2d(x, self.weight * scale, self.bias, self.stride, self.padding)
+        return leaky(x) if self.activate else x
 
 
 class EqualLinear(nn.Module):
@@ -245,71 +201,66 @@ class EqualLinear(nn.Module):
         self.activate = activate
 
     def forward(self, x):
-        gain = math.sqrt(2) if self.activate else 1.0
-        x = F.linear(x, self.weight * (gain * self.weight.shape[1] ** -0.5), self.bias * gain)
-        return F.leaky_relu_(x, 0.2) if self.activate else x
+        x = F.linear(x, self.weight * self.weight.shape[1] ** -0.5, self.bias)
+        return leaky(x) if self.activate else x
 
 
-class Blur(nn.Module):
-    """Pads (low, high), then filters by taps x taps / sum^2 at every `stride`; times `gain`.
+class Blur(nn.Module):  # same as sincut.py: Blur
+    """Zero padding `pad`, then the filter [1, 3, 3, 1] x [1, 3, 3, 1] / 64 at every `stride`.
 
-    (B, C, H, W) -> (B, C, (H + low + high - taps) // stride + 1, ...). WHY depthwise: the same
-    numbers as one-channel convolutions over B * C pictures, which the authors use, at a tenth of
-    the time.
+    (B, C, H, W) -> (B, C, (H + 2 pad - 4) // stride + 1, ...). WHY depthwise: the authors filter
+    B * C pictures of one channel, which takes three to eight times as long on a CPU.
     """
 
-    def __init__(self, channels, taps, pad, stride=1, gain=1.0, reflect=False):
+    def __init__(self, channels, pad, stride=1, gain=1.0):
         super().__init__()
-        row = torch.tensor(taps) / sum(taps)
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
         self.register_buffer("kernel", gain * torch.outer(row, row).repeat(channels, 1, 1, 1),
-                             persistent=False)
-        self.pad, self.stride, self.reflect = pad, stride, reflect
+                             persistent=False)  # (C, 1, 4, 4)
+        self.pad, self.stride = pad, stride
 
     def forward(self, x):
-        (low, high), C = self.pad, x.shape[1]
-        if low == high and not self.reflect:
-            return F.conv2d(x, self.kernel, None, self.stride, low, groups=C)
-        x = F.pad(x, (low, high, low, high), mode="reflect" if self.reflect else "constant")
-        return F.conv2d(x, self.kernel, None, self.stride, groups=C)
+        return F.conv2d(x, self.kernel, None, self.stride, self.pad, groups=x.shape[1])
 
 
-HALF = math.sqrt(0.5)  # gain of both branches of a residual sum, which keeps its variance
+class EncoderBlock(nn.Module):
+    """E's residual block: (B, a, H, W) -> (B, b, H/2, W/2), mirrored at the border.
 
-
-class DownBlock(nn.Module):
-    """StyleGAN2's residual block at half the size: (B, a, H, W) -> (B, b, H/2, W/2).
-
-    D and P: zero padding, [1, 3, 3, 1]. E (`reflect`): mirrored pixels, [1, 2, 1]; CHOICE (code):
-    but for its skip, where `skip_reflect` says which.
+    CHOICE (code): blurs by [1, 2, 1], and its skip is padded by zeros, at the top and the left.
     """
-
-    def __init__(self, a, b, reflect=False, skip_reflect=False):
-        super().__init__()
-        taps, main, skip = (([1.0, 2.0, 1.0], (2, 1), (1, 0)) if reflect else
-                            ([1.0, 3.0, 3.0, 1.0], (2, 2), (1, 1)))
-        self.conv1 = EqualConv(a, a, 3, pad=1, reflect=reflect)
-        self.blur = Blur(a, taps, main, reflect=reflect)                   # (B, a, H+1, W+1)
-        self.conv2 = EqualConv(a, b, 3, stride=2)
-        # WHY stride in the blur: a 1x1 convolution with stride 2 reads only every second place.
-        self.skip_blur = Blur(a, taps, skip, stride=2, reflect=skip_reflect)
-        self.skip = EqualConv(a, b, 1, activate=False, bias=False)
-
-    def forward(self, x):
-        main = self.conv2(self.blur(self.conv1(x)), HALF)
-        return self.skip(self.skip_blur(x), HALF).add_(main)
-
-
-class FlatBlock(nn.Module):
-    """The same at full size, P's last one: (B, a, H, W) -> (B, b, H, W)."""
 
     def __init__(self, a, b):
         super().__init__()
-        self.conv1 = EqualConv(a, a, 3, pad=1)
-        self.conv2 = EqualConv(a, b, 3, pad=1)
-        self.skip = EqualConv(a, b, 1, activate=False, bias=False)
+        self.conv1, self.conv2 = EqualConv(a, a, 3), EqualConv(a, b, 3, stride=2)
+        self.skip = EqualConv(a, b, 1, bias=False, activate=False)
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("kernel", torch.outer(row, row).repeat(a, 1, 1, 1), persistent=False)
+
+    def blur(self, x, stride=1):
+        return F.conv2d(x, self.kernel, None, stride, groups=x.shape[1])
 
     def forward(self, x):
-        return self.skip(x, HALF).add_(self.conv2(self.conv1(x), HALF))
+        main = self.conv1(F.pad(x, (1, 1, 1, 1), mode="reflect"))              # (B, a, H, W)
+        main = self.blur(F.pad(main, (2, 1, 2, 1), mode="reflect"))            # (B, a, H+1, W+1)
+        skip = self.blur(F.pad(x, (1, 0, 1, 0)), stride=2)                     # (B, a, H/2, W/2)
+        return (self.conv2(main) + self.skip(skip)) / math.sqrt(2)             # (B, b, H/2, W/2)
+
+
+class ResBlock(nn.Module):
+    """D's and D_patch's: (B, a, H, W) -> (B, b, H/2, W/2), or (B, b, H, W) with down=False."""
+
+    def __init__(self, a, b, down=True):
+        super().__init__()
+        self.conv1 = EqualConv(a, a, 3, padding=1)
+        self.blur = Blur(a, pad=2) if down else nn.Identity()                  # (B, a, H+1, W+1)
+        self.conv2 = EqualConv(a, b, 3, stride=2) if down else EqualConv(a, b, 3, padding=1)
+        # a 1x1 convolution with stride 2 reads every second place, so its blur need do no more
+        self.blur_skip = Blur(a, pad=1, stride=2) if down else nn.Identity()   # (B, a, H/2, W/2)
+        self.skip = EqualConv(a, b, 1, bias=False, activate=False)
+
+    def forward(self, x):
+        main = self.conv2(self.blur(self.conv1(x)))
+        return (main + self.skip(self.blur_skip(x))) / math.sqrt(2)
 
 
 def normalised(code, how="unit"):
@@ -321,78 +272,76 @@ def normalised(code, how="unit"):
 
 
 class Encoder(nn.Module):
-    """E: x (B, 3, H, W) -> structure (B, 8, H/16, W/16), texture (B, 2048) (Sec. 4.4.7).
+    """E: x (B, 3, H, W) -> z_s (B, 8, H/16, W/16), z_t (B, 2048) (Fig. 4.9); 30.58 M parameters.
 
     widths: of `from_rgb`, of each of the `downs` halvings, of the two convolutions that lead to
-    the texture code; 30.58 M parameters. H and W need 7 * 2^downs pixels, 112; what does not fill
-    a cell of 16 pixels is left out at the right and at the bottom.
+    the texture code. H and W need 7 * 2^downs pixels, 112; what does not fill a cell of 16 pixels
+    is left out at the right and at the bottom.
     """
 
-    def __init__(self, widths, downs=4, structure=8, texture=2048, norm="unit", skip_reflect=False):
+    def __init__(self, widths, downs=4, structure=8, texture=2048, norm="unit"):
         super().__init__()
         self.norm, self.multiple, c = norm, 2 ** downs, widths[downs]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.from_rgb = EqualConv(3, widths[0], 1)
-        self.down = nn.ModuleList(DownBlock(a, b, True, skip_reflect) for a, b in pairs[:downs])
+        self.down = nn.Sequential(*[EncoderBlock(a, b) for a, b in pairs[:downs]])
         self.to_structure = nn.Sequential(EqualConv(c, c, 1),
                                           EqualConv(c, structure, 1, activate=False))
-        # No padding here, then the average over all places: the texture code knows of none.
+        # no padding here, then the mean over all places
         self.pool = nn.Sequential(*[EqualConv(a, b, 3, stride=2) for a, b in pairs[downs:]])
         self.to_texture = EqualLinear(widths[-1], texture)
 
     def forward(self, x):
-        x = self.from_rgb(x)
-        for block in self.down:
-            x = block(x)                                                   # (B, 512, H/16, W/16)
-        s = self.to_structure(x)                                           # (B, 8, H/16, W/16)
-        t = self.to_texture(self.pool(x).mean((2, 3)))                     # (B, 2048)
-        return normalised(s, self.norm), normalised(t, self.norm)          # CHOICE (code): unit
+        x = self.down(self.from_rgb(x))                                    # (B, 512, H/16, W/16)
+        z_s = self.to_structure(x)                                         # (B, 8, H/16, W/16)
+        z_t = self.to_texture(self.pool(x).mean((2, 3)))                   # (B, 2048)
+        return normalised(z_s, self.norm), normalised(z_t, self.norm)      # CHOICE (code): unit
 
 
 class StyledConv(nn.Module):
-    """Convolution modulated by the texture code, then noise, bias, leaky ReLU, gain sqrt 2.
+    """3x3 convolution modulated by the texture code, then noise, bias and leaky ReLU.
 
-    x (B, a, H, W), t (B, texture) -> (B, b, H, W), or (B, b, 2H, 2W) with `up`. A linear layer
-    makes a scale s of every input channel from t. Demodulation keeps the variance at 1:
-    joint   StyleGAN2: each output channel is divided by the length of its weights times s.
-    apart   CHOICE (code): s is brought to a mean square of 1, the weights to unit length.
-    none    for the RGB layer, which has neither noise nor leaky ReLU.
+    x (B, a, H, W), z_t (B, texture) -> (B, b, H, W), or (B, b, 2H, 2W) with `up`. A linear layer
+    makes a style, a scale of every input channel, from z_t. Demodulation keeps the variance at 1;
+    CHOICE (code): the style gets a mean square of 1 and the weights unit length, each by itself.
     WHY scaled maps instead of weights for each picture: the same product, as one convolution.
     """
 
-    def __init__(self, a, b, texture, kernel=3, up=False, demodulation="apart", noise=True):
+    def __init__(self, a, b, texture, up=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(b, a, kernel, kernel))
-        self.noise = nn.Parameter(torch.zeros(1)) if noise else None
+        self.weight = nn.Parameter(torch.randn(b, a, 3, 3))
+        self.noise = nn.Parameter(torch.zeros(1))
         self.bias = nn.Parameter(torch.zeros(b))
         self.style = EqualLinear(texture, a, start=1.0)
-        self.blur = Blur(b, [1.0, 3.0, 3.0, 1.0], (1, 1), gain=4.0) if up else None
-        self.demodulation = demodulation
+        self.blur = Blur(b, pad=1, gain=4.0) if up else None
 
-    def forward(self, x, t, gain=1.0, rng=None):
+    def forward(self, x, z_t, rng=None):
         """rng: CPU generator of noise that is the same for all pictures; None: fresh noise."""
-        activate = self.demodulation != "none"
-        gain = gain * math.sqrt(2) if activate else gain
-        s, weight = self.style(t), self.weight * self.weight[0].numel() ** -0.5
-        if self.demodulation == "apart":
-            s = s * (s.square().mean(1, keepdim=True) + 1e-8).rsqrt()
-            weight = weight * (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
-        x = x * s[:, :, None, None]
+        style, weight = self.style(z_t), self.weight / math.sqrt(self.weight[0].numel())
+        style = style * (style.square().mean(1, keepdim=True) + 1e-8).rsqrt()              # (B, a)
+        weight = weight * (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
+        x = x * style[:, :, None, None]
         if self.blur is None:
-            x = F.conv2d(x, weight * gain, None, 1, weight.shape[-1] // 2)
+            x = F.conv2d(x, weight, padding=1)                                   # (B, b, H, W)
         else:
-            x = F.conv_transpose2d(x, (weight * gain).transpose(0, 1), None, 2)  # (B, b, 2H+1, ...)
+            x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)          # (B, b, 2H+1, ...)
             x = self.blur(x)                                                     # (B, b, 2H, 2W)
-        if self.demodulation == "joint":
-            length = s.square() @ weight.square().sum((2, 3)).t()                # (B, b)
-            x = x * (length + 1e-8).rsqrt()[:, :, None, None]
-        shift = (self.bias * gain).view(1, -1, 1, 1)
-        if self.noise is not None:
-            noise = (torch.randn_like(x[:, :1]) if rng is None else
-                     torch.randn(1, 1, *x.shape[2:], generator=rng).to(x))
-            shift = shift + noise * (self.noise * gain)
-        x = x + shift
-        return F.leaky_relu_(x, 0.2) if activate else x
+        noise = (torch.randn_like(x[:, :1]) if rng is None else
+                 torch.randn(1, 1, *x.shape[2:], generator=rng).to(x))           # (B, 1, ...)
+        return leaky(x + self.noise * noise + self.bias.view(1, -1, 1, 1))
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution without demodulation or noise; x (B, a, H, W) -> (B, 3, H, W)."""
+
+    def __init__(self, a, texture):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, a, 1, 1)), nn.Parameter(torch.zeros(3))
+        self.style = EqualLinear(texture, a, start=1.0)
+
+    def forward(self, x, z_t):
+        x = x * self.style(z_t)[:, :, None, None]
+        return F.conv2d(x, self.weight * self.weight.shape[1] ** -0.5, self.bias)
 
 
 class StyledBlock(nn.Module):
@@ -402,46 +351,42 @@ class StyledBlock(nn.Module):
     ReLU; it is upsampled bilinearly, which is the blur of the main branch but for the border.
     """
 
-    def __init__(self, a, b, texture, up=False, **options):
+    def __init__(self, a, b, texture, up=False):
         super().__init__()
         self.up = up
-        self.conv1 = StyledConv(a, b, texture, up=up, **options)
-        self.conv2 = StyledConv(b, b, texture, **options)
-        self.skip = EqualConv(a, b, 1, activate=up, bias=up) if a != b or not up else None
+        self.conv1, self.conv2 = StyledConv(a, b, texture, up), StyledConv(b, b, texture)
+        self.skip = EqualConv(a, b, 1, bias=up, activate=up) if a != b or not up else nn.Identity()
 
-    def forward(self, x, t, rng=None):
-        skip = x * HALF if self.skip is None else self.skip(x, HALF)
+    def forward(self, x, z_t, rng=None):
+        skip = self.skip(x)
         if self.up:
             skip = F.interpolate(skip, scale_factor=2.0, mode="bilinear")
-        return skip.add_(self.conv2(self.conv1(x, t, rng=rng), t, HALF, rng))
+        return (self.conv2(self.conv1(x, z_t, rng), z_t, rng) + skip) / math.sqrt(2)
 
 
 class Generator(nn.Module):
-    """G: structure (B, 8, h, w), texture (B, 2048) -> (B, 3, 16h, 16w) (Sec. 4.4.7).
+    """G: z_s (B, 8, h, w), z_t (B, 2048) -> (B, 3, 16h, 16w) (Fig. 4.9); 25.06 M parameters.
 
-    head, up: widths of the blocks before upsampling, and of those that upsample; 25.06 M
-    parameters. The last layer is linear and unbounded.
+    head, up: widths of the blocks before upsampling, and of those that upsample. The last layer is
+    linear and unbounded.
     """
 
-    def __init__(self, head, up, structure=8, texture=2048, norm="unit", demodulation="apart",
-                 noise=True):
+    def __init__(self, head, up, structure=8, texture=2048, norm="unit"):
         super().__init__()
         self.norm, widths = norm, [structure, *head, *up]
-        options = {"demodulation": demodulation, "noise": noise}
         self.scale, self.shift = (EqualLinear(texture, structure) for _ in range(2))
-        self.blocks = nn.ModuleList(
-            StyledBlock(a, b, texture, up=i >= len(head), **options)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
-        self.to_rgb = StyledConv(widths[-1], 3, texture, 1, demodulation="none", noise=False)
+        self.blocks = nn.ModuleList(StyledBlock(a, b, texture, up=i >= len(head))
+                                    for i, (a, b) in enumerate(pairwise(widths)))
+        self.to_rgb = ToRGB(widths[-1], texture)
 
-    def forward(self, s, t, rng=None):
+    def forward(self, z_s, z_t, rng=None):
         """rng: see `StyledConv`."""
         # again, because an edited code has another length
-        s, t = normalised(s, self.norm), normalised(t, self.norm)
-        x = s * self.scale(t)[:, :, None, None] + self.shift(t)[:, :, None, None]
+        z_s, z_t = normalised(z_s, self.norm), normalised(z_t, self.norm)
+        x = z_s * self.scale(z_t)[:, :, None, None] + self.shift(z_t)[:, :, None, None]
         for block in self.blocks:
-            x = block(x, t, rng)                                           # (B, 128, 16h, 16w)
-        return self.to_rgb(x, t)
+            x = block(x, z_t, rng)                                         # (B, 128, 16h, 16w)
+        return self.to_rgb(x, z_t)
 
 
 class Discriminator(nn.Module):
@@ -456,9 +401,8 @@ class Discriminator(nn.Module):
         widths = [int(min(512, 2 ** (15 - i)) * width) for i in range(levels, 1, -1)]
         last, cells = widths[-1], (4 * size // 2 ** levels) ** 2
         self.from_rgb = EqualConv(3, widths[0], 1)
-        self.down = nn.Sequential(*[DownBlock(a, b) for a, b in
-                                    zip(widths, widths[1:], strict=False)])
-        self.last = EqualConv(last, last, 3, pad=1)                        # (B, 512, 4, 4)
+        self.down = nn.Sequential(*[ResBlock(a, b) for a, b in pairwise(widths)])
+        self.last = EqualConv(last, last, 3, padding=1)                    # (B, 512, 4, 4)
         self.dense = nn.Sequential(EqualLinear(last * cells, last, activate=True),
                                    EqualLinear(last, 1))
 
@@ -467,70 +411,61 @@ class Discriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """P: are queries and references patches of one picture? (Fig. 4.10); 24.52 M parameters.
+    """D_patch: are queries and references patches of one picture? (Fig. 4.10); 24.52 M parameters.
 
-    `features`: (B, T, 3, patch, patch) -> (B, T, 1536); `compare`: two of these -> logits (B, T).
+    `features`: (B, T, 3, patch, patch) -> (B, T, 1536); the network of a pair takes two of these.
     """
 
     def __init__(self, patch=128, width=1.0, aggregate=True):
         super().__init__()
         self.aggregate = aggregate
-        widths = [int(min(384, 2 ** (12 - i)) * width)
-                  for i in range(round(math.log2(patch)), 1, -1)]
+        levels = round(math.log2(patch))
+        widths = [int(min(384, 2 ** (12 - i)) * width) for i in range(levels, 1, -1)]
         last = widths[-1]
-        self.from_rgb = EqualConv(3, widths[0], 3, pad=1)
-        self.down = nn.Sequential(*[DownBlock(a, b) for a, b in
-                                    zip(widths, widths[1:], strict=False)])
-        self.block = FlatBlock(last, 2 * last)                             # (B T, 768, 4, 4)
+        self.from_rgb = EqualConv(3, widths[0], 3, padding=1)
+        self.down = nn.Sequential(*[ResBlock(a, b) for a, b in pairwise(widths)])
+        self.block = ResBlock(last, 2 * last, down=False)                  # (B T, 768, 4, 4)
         self.last = EqualConv(2 * last, last, 3)                           # (B T, 384, 2, 2)
         units = [2 * 4 * last, *(int(n * width) for n in (2048, 2048, 1024)), 1]
-        self.dense = nn.Sequential(*[EqualLinear(a, b, activate=b > 1) for a, b in
-                                     zip(units, units[1:], strict=False)])
+        self.dense = nn.Sequential(*[EqualLinear(a, b, activate=b > 1) for a, b in pairwise(units)])
 
     def features(self, patches):
         x = self.block(self.down(self.from_rgb(patches.flatten(0, 1))))
         return self.last(x).flatten(1).unflatten(0, patches.shape[:2])
 
-    def compare(self, references, queries):
+    def forward(self, queries, references):
+        """Features (B, T, 1536) of both -> logits (B, T), one for each query."""
         if self.aggregate:  # Sec. 4.4.8; if not, query j is compared with reference j alone
             references = references.mean(1, keepdim=True).expand_as(queries)
+        # CHOICE (code): references come first here, though Eq. (4.4) names the query first
         return self.dense(torch.cat([references, queries], dim=2)).squeeze(2)
 
 
-def encoder(args):
-    widths = [min(args.texture, round(32 * 2 ** i * args.width_E)) for i in range(args.downs + 3)]
-    return Encoder(widths, args.downs, args.structure, args.texture, args.code_norm,
-                   args.skip_padding == "reflect")
-
-
-def generator(args):
-    up = [int(min(512, 128 * 2 ** (args.downs - i)) * args.width_G) for i in range(args.downs + 1)]
-    head = [max(args.structure, round((i + 1) / args.base_blocks * up[0]))
-            for i in range(args.base_blocks)]
-    return Generator(head, up[1:], args.structure, args.texture, args.code_norm,
-                     args.demodulation, args.noise)
-
-
 def build(args, device):
-    """E, G, D, P, their two Adams and, with --ema, the averaged E and G."""
+    """E, G, D, D_patch, their two Adams and, with --ema, the averaged E and G."""
     torch.manual_seed(args.seed)
-    m = SimpleNamespace(E=encoder(args), G=generator(args),
-                        D=Discriminator(args.size, args.width_D),
-                        P=PatchDiscriminator(args.patch, args.width_P, args.aggregate))
-    for net in vars(m).values():
+    width_E, width_G, width_D, width_patch = args.widths
+    widths = [min(args.texture, round(32 * 2 ** i * width_E)) for i in range(args.downs + 3)]
+    up = [int(min(512, 128 * 2 ** (args.downs - i)) * width_G) for i in range(args.downs + 1)]
+    blocks = 2                                             # before upsampling; CHOICE (code)
+    head = [max(args.structure, round((i + 1) / blocks * up[0])) for i in range(blocks)]
+    codes = args.structure, args.texture, args.code_norm
+    nets = SimpleNamespace(E=Encoder(widths, args.downs, *codes), G=Generator(head, up[1:], *codes),
+                           D=Discriminator(args.size, width_D),
+                           D_patch=PatchDiscriminator(args.patch, width_patch, args.aggregate))
+    for net in vars(nets).values():
         net.to(device, memory_format=torch.channels_last if args.channels_last
                else torch.contiguous_format)
     if args.ema:
-        m.E_ema, m.G_ema = (copy.deepcopy(net).requires_grad_(False) for net in (m.E, m.G))
+        nets.E_ema, nets.G_ema = (copy.deepcopy(n).requires_grad_(False) for n in (nets.E, nets.G))
+    lr, beta2 = 0.002, 0.99                                # Sec. 4.4.8
     adam = functools.partial(torch.optim.Adam, fused=device.type in ("cuda", "cpu"))
-    m.opt_G = adam([*m.E.parameters(), *m.G.parameters()], args.lr, (args.beta1, args.beta2))
-    # CHOICE (StyleGAN2, code): R1 adds an update to every 16, so each counts as 16/17 of one.
-    c = args.R1_every / (args.R1_every + 1) if args.lazy_adam and args.R1_every else 1.0
-    m.opt_D = adam([*m.D.parameters(), *m.P.parameters()], args.lr * c,
-                   (args.beta1 ** c, args.beta2 ** c))
-    if args.compile:  # WHY not D and P: R1 differentiates them twice, compiled code only once
-        m.E.forward, m.G.forward = torch.compile(m.E.forward), torch.compile(m.G.forward)
-    return m
+    nets.opt_G = adam([*nets.E.parameters(), *nets.G.parameters()], lr, (0.0, beta2))
+    c = args.R1_every / (args.R1_every + 1) or 1.0  # StyleGAN2: with R1's, 17 updates count as 16
+    nets.opt_D = adam([*nets.D.parameters(), *nets.D_patch.parameters()], lr * c, (0.0, beta2 ** c))
+    if args.compile:  # WHY not D and D_patch: R1 differentiates them twice, compiled code only once
+        nets.E.forward, nets.G.forward = map(torch.compile, (nets.E.forward, nets.G.forward))
+    return nets
 
 
 # =============================================================================================
@@ -538,38 +473,42 @@ def build(args, device):
 # =============================================================================================
 
 
-def non_saturating(logits, real):
-    """-log D or -log D_patch of logits (B, ...) if `real`, else -log(1 - D); the mean."""
-    logits = common.full(logits)
-    return F.softplus(-logits if real else logits).mean()                 # Eqs. (4.2) to (4.4)
+def non_saturating(logits, real):  # same as sincut.py: non_saturating
+    """-log D(.) for what shall be real, -log(1 - D(.)) for what is not; logits (B, ...)."""
+    return F.softplus(-full(logits) if real else full(logits)).mean()  # Eq. (4.2), (4.3), (4.4)
 
 
-def random_crops(x, args, rng):
+def crops(x, args, rng):
     """crops of Eq. (4.4): (B, 3, H, W) -> (B, crops, 3, patch, patch); rng: CPU generator.
 
     Width and height are drawn one by one from --crop, the place and a mirror at random; each patch
     is resized bilinearly. CHOICE (code): samples reach from edge to edge of the patch, so at the
     picture's border half a pixel is blended with zero.
     """
-    n, (low, high), side = len(x) * args.crops, args.crop, args.patch
-    mirror = 1 - 2 * (torch.rand(n, generator=rng) < 0.5).float()
-    sides = low + (high - low) * torch.rand(n, 2, generator=rng)           # width, height
-    middle = (2 * torch.rand(n, 2, generator=rng) - 1) * (1 - sides)       # in [-1, 1]
+    B, T, (low, high), side = len(x), args.crops, args.crop, args.patch
+    mirror = 1 - 2 * (torch.rand(B * T, generator=rng) < 0.5).float()
+    sides = low + (high - low) * torch.rand(B * T, 2, generator=rng)       # width, height
+    middle = (2 * torch.rand(B * T, 2, generator=rng) - 1) * (1 - sides)   # in [-1, 1]
     across = torch.linspace(-1, 1, side)
-    columns = middle[:, :1] + across * (sides[:, 0] * mirror)[:, None]     # (n, side)
-    rows = middle[:, 1:] + across * sides[:, 1:]
+    columns = middle[:, :1] + across * (sides[:, 0] * mirror)[:, None]     # (B T, side)
+    rows = middle[:, 1:] + across * sides[:, 1:]                           # (B T, side)
     grid = torch.stack([columns[:, None].expand(-1, side, -1),
-                        rows[:, :, None].expand(-1, -1, side)], dim=3)     # (n, side, side, 2)
-    # All patches of a picture are one tall picture, so that the picture need not be repeated.
-    tall = F.grid_sample(x, grid.view(len(x), -1, side, 2).to(x), align_corners=False)
-    return tall.unflatten(2, (args.crops, side)).transpose(1, 2)
+                        rows[:, :, None].expand(-1, -1, side)], dim=3)     # (B T, side, side, 2)
+    # the T patches of a picture are sampled as one that is T times as high
+    tall = F.grid_sample(x, grid.view(B, T * side, side, 2).to(x), align_corners=False)
+    return tall.unflatten(2, (T, side)).transpose(1, 2)
 
 
-def r1_penalty(logits, *inputs):
-    """R1 (Mescheder et al. 2018): mean over pictures of |d logits / d input|^2 / 2, summed over
-    inputs (B, ...) that need a graph."""
+def squared_slope(logits, *inputs):
+    """Mean over pictures of |d logits / d input|^2, summed over the inputs (B, ...)."""
     grads = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    return sum(grad.square().flatten(1).sum(1).mean() / 2 for grad in grads)
+    return sum(grad.square().flatten(1).sum(1).mean() for grad in grads)
+
+
+def chance(args):
+    """What a D and a D_patch that say 1/2 everywhere would get."""
+    return {"L_D": 2 * math.log(2), "L_Dpatch": 2 * math.log(2)} | dict.fromkeys(
+        ("L_GAN_rec", "L_GAN_swap", "L_Cooccur"), math.log(2))
 
 
 # =============================================================================================
@@ -580,8 +519,8 @@ def r1_penalty(logits, *inputs):
 def find_pictures(root, split):
     """Files of root/SPLIT, or of root/SPLITA and root/SPLITB together; [] if there are none."""
     for names in ([split], [f"{split}A", f"{split}B"]):
-        if all((Path(root) / name).is_dir() for name in names):
-            return [f for name in names for f in common.list_pictures(Path(root) / name)]
+        if all(Path(root, name).is_dir() for name in names):
+            return [f for name in names for f in common.list_pictures(Path(root, name))]
     return []
 
 
@@ -593,16 +532,6 @@ def training_files(root):
     return files
 
 
-def test_files(root, split):
-    """The pictures of that split; where there is no test split, the training ones, and a line."""
-    if files := find_pictures(root, split):
-        return files
-    if split != "test":
-        raise UserError(f"{root}: no {split} pictures; expected {LAYOUT}")
-    print(f"{root} has no test pictures: these are training pictures")
-    return training_files(root)
-
-
 def resized(file, args, rng=None):
     """The short side becomes --load; then a square of --size, in the middle or drawn by `rng`.
 
@@ -611,12 +540,18 @@ def resized(file, args, rng=None):
     im, size = common.open_rgb(file), args.size
     zoom = (args.load or size) / min(im.size)
     w, h = (max(size, round(side * zoom)) for side in im.size)
-    place = rng.random() if rng else 0.5, rng.random() if rng else 0.5
+    place = (rng.random(), rng.random()) if rng else (0.5, 0.5)
     left, top = round((w - size) * place[0]), round((h - size) * place[1])
     im = im.resize((w, h), Image.BICUBIC).crop((left, top, left + size, top + size))
     if rng and rng.random() < 0.5:
         im = im.transpose(Image.FLIP_LEFT_RIGHT)
     return common.to_tensor(im)
+
+
+def opened(files, args, device, limit=1000):
+    """Files, at most `limit`, evenly spaced -> (N, 3, size, size), cut from the middle."""
+    n = min(limit, len(files))
+    return torch.stack([resized(files[i * len(files) // n], args) for i in range(n)]).to(device)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -630,7 +565,7 @@ class Pictures(torch.utils.data.Dataset):
         self.files, self.args = training_files(root), args
 
     def __getitem__(self, n):
-        return tuple(self.picture(2 * n + i) for i in (0, 1))
+        return self.picture(2 * n), self.picture(2 * n + 1)
 
     def picture(self, n):
         epoch, i = divmod(n, len(self.files))
@@ -642,98 +577,114 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.files)
 
 
+def data_folder(args):
+    def draw_toy():
+        return common.lab("toy", "--data toy").ensure("textures", args.size)
+    return common.find_data(args.data, LAYOUT, {}, draw_toy)
+
+
 # =============================================================================================
 # 5. One training step
 # =============================================================================================
 
 
-def rebuild_and_swap(m, x, args):
-    """x (B, 3, H, W) -> rec (B/2), mix (B, or B/2 with --hybrids half), owners of mix's textures.
+def rebuild_and_swap(nets, x):
+    """x (B, 3, H, W) -> x_rec (B/2, 3, H, W) of its first half, x_hyb and x^2 (B, 3, H, W).
 
-    rec[i] = G(s_i, t_i) for the first half; mix[i] = G(s_(i xor 1), t_i): neighbours exchange
-    structure, so mix[i] must carry the texture of x[i]. One pass of E serves both, one of G too.
+    Neighbours exchange structure: the hybrid i has the structure of x^1 = x[i xor 1] and must carry
+    the texture of x^2 = x[i]. CHOICE (code): a hybrid for every picture (text: B/2).
     """
-    half, hybrids = len(x) // 2, len(x) if args.hybrids == "all" else len(x) // 2
-    s, t = m.E(x)
-    swapped = s.unflatten(0, (half, 2)).flip(1).flatten(0, 1)
-    s, t = torch.cat([s[:half], swapped[-hybrids:]]), torch.cat([t[:half], t[-hybrids:]])
-    rec, mix = common.full(m.G(s, t)).split([half, hybrids])
-    return rec, mix, x[-hybrids:]
+    half, x1 = len(x) // 2, torch.arange(len(x), device=x.device) ^ 1
+    z_s, z_t = nets.E(x)                                           # (B, 8, h, w), (B, 2048)
+    x_rec = nets.G(z_s[:half], z_t[:half])                         # (B/2, 3, H, W)
+    x_hyb, x2 = nets.G(z_s[x1], z_t), x                            # (B, 3, H, W), twice
+    return full(x_rec), full(x_hyb), x2
 
 
-def train_step(m, x_D, x_G, args, rng, step=0):
-    """One update of D and P on x_D, one of E and G on x_G, both (B, 3, H, W); losses by name.
+def discriminator_loss(nets, x, args, rng):
+    """What D and D_patch minimise (Sec. 4.4.8), on x (B, 3, H, W): L_D, L_Dpatch."""
+    D, D_patch = nets.D, nets.D_patch
+    with torch.no_grad():                                          # E and G are used as they are
+        x_rec, x_hyb, x2 = rebuild_and_swap(nets, x)
+    # CHOICE (code): both kinds of fakes weigh the same, though there are twice as many hybrids
+    L_D = (non_saturating(D(x), True)                              # logits (B, 1)
+           + 0.5 * non_saturating(D(x_rec), False)                 # (B/2, 1)
+           + 0.5 * non_saturating(D(x_hyb), False))                # (B, 1)
+    references = D_patch.features(crops(x2, args, rng))            # (B, 8, 1536), for both below
+    real = D_patch.features(crops(x2, args, rng))                  # (B, 8, 1536)
+    fake = D_patch.features(crops(x_hyb, args, rng))               # (B, 8, 1536)
+    L_Dpatch = (non_saturating(D_patch(real, references), True)    # logits (B, 8)
+                + non_saturating(D_patch(fake, references), False))
+    return L_D, L_Dpatch
+
+
+def r1_loss(nets, x, args, rng):
+    """R1 (Mescheder et al. 2018) of D on x (B, 3, H, W), of D_patch on crops of x."""
+    D, D_patch = nets.D, nets.D_patch
+    queries = crops(x, args, rng).requires_grad_()                 # (B, 8, 3, 128, 128)
+    references = crops(x, args, rng).requires_grad_()              # (B, 8, 3, 128, 128)
+    x = x.detach().requires_grad_()
+    R1 = squared_slope(D(x), x) / 2                                # Sec. 4.4.8, as in StyleGAN2
+    logits = D_patch(D_patch.features(queries), D_patch.features(references))  # (B, 8)
+    R1_patch = squared_slope(logits, queries, references) / 4      # CHOICE (code): half of that
+    return R1, R1_patch
+
+
+def generator_loss(nets, x, args, rng):
+    """What E and G minimise, on x (B, 3, H, W): L_total, and its four terms by name."""
+    D, D_patch = nets.D, nets.D_patch
+    x_rec, x_hyb, x2 = rebuild_and_swap(nets, x)                   # (B/2, ...), (B, ...) twice
+    L_rec = (x_rec - x[:len(x_rec)]).abs().mean()                  # Eq. (4.1)
+    L_GAN_rec = non_saturating(D(x_rec), True)                     # Eq. (4.2)
+    L_GAN_swap = non_saturating(D(x_hyb), True)                    # Eq. (4.3)
+    queries = D_patch.features(crops(x_hyb, args, rng))            # (B, 8, 1536)
+    references = D_patch.features(crops(x2, args, rng))            # (B, 8, 1536), needs no graph
+    L_Cooccur = non_saturating(D_patch(queries, references), True)  # Eq. (4.4)
+    L_total = (args.lambda_rec * L_rec + args.lambda_GAN_rec * L_GAN_rec  # Sec. 4.3.4
+               + args.lambda_GAN_swap * L_GAN_swap + args.lambda_cooccur * L_Cooccur)
+    return L_total, {"L_rec": L_rec, "L_GAN_rec": L_GAN_rec, "L_GAN_swap": L_GAN_swap,
+                     "L_Cooccur": L_Cooccur}
+
+
+def train_step(nets, x_D, x_G, args, rng, step=0):
+    """One update of D and D_patch on x_D, one of E and G on x_G, both (B, 3, H, W); losses by name.
 
     rng: CPU generator of the crops, the same in all processes.
-    step: counts from 0; every --R1-every-th step has an R1 update of D and P between the two.
+    step: counts from 0; after every R1_every-th update of D comes one for R1 alone.
     """
-    losses, gan = {}, non_saturating
     autocast = functools.partial(torch.autocast, x_D.device.type, torch.bfloat16, enabled=args.amp)
-    cooccur = args.lambda_cooccur > 0
 
-    # ---- D and P: E and G are used as they are, without a graph --------------------------------
-    with autocast(), torch.no_grad():
-        rec, mix, owners = rebuild_and_swap(m, x_D, args)
-    m.opt_D.zero_grad(set_to_none=True)
-    with autocast():  # no layer of D mixes pictures, so all can share one pass
-        real, fake_rec, fake_mix = m.D(torch.cat([x_D, rec, mix])).split(
-            [len(x_D), len(rec), len(mix)])
-    losses |= {"D_real": gan(real, True), "D_rec": gan(fake_rec, False),
-               "D_mix": gan(fake_mix, False)}
-    # CHOICE (code): both kinds of fakes weigh the same, though there are twice as many hybrids.
-    (losses["D_real"] + 0.5 * losses["D_rec"] + 0.5 * losses["D_mix"]).backward()
-    if cooccur:  # the same references serve the real pair and the fake one
-        with autocast():
-            patches = torch.cat([random_crops(p, args, rng) for p in (owners, owners, mix)])
-            references, real, fake = m.P.features(patches).chunk(3)
-            losses["P_real"] = gan(m.P.compare(references, real), True)
-            losses["P_mix"] = gan(m.P.compare(references, fake), False)
-        (losses["P_real"] + losses["P_mix"]).backward()
-    m.opt_D.step()
+    # ---- D and D_patch: E and G are used as they are, without a graph -------------------------
+    for net in (nets.D, nets.D_patch):
+        net.requires_grad_(True)
+    with autocast():
+        L_D, L_Dpatch = discriminator_loss(nets, x_D, args, rng)
+    nets.opt_D.zero_grad()
+    (L_D + L_Dpatch).backward()
+    nets.opt_D.step()
+    losses = {"L_D": L_D, "L_Dpatch": L_Dpatch}
 
-    # ---- R1, on the same pictures; CHOICE (code): an update of its own -------------------------
+    # ---- R1, on the same pictures; CHOICE (code): an update of its own ------------------------
     if args.R1_every and (step + 1) % args.R1_every == 0:
-        m.opt_D.zero_grad(set_to_none=True)
-        x = x_D.detach().requires_grad_()
-        losses["R1"] = r1_penalty(m.D(x), x)
-        (args.R1_every * args.lambda_R1 * losses["R1"]).backward()
-        if cooccur:
-            references, queries = (random_crops(owners, args, rng).requires_grad_() for _ in "rq")
-            logits = m.P.compare(m.P.features(references), m.P.features(queries))
-            losses["R1_P"] = 0.5 * r1_penalty(logits, references, queries)  # CHOICE (code): 0.5
-            (args.R1_every * args.lambda_patch_R1 * losses["R1_P"]).backward()
-        m.opt_D.step()
+        R1, R1_patch = r1_loss(nets, x_D, args, rng)
+        nets.opt_D.zero_grad()
+        (args.R1_every * (args.lambda_R1 * R1 + args.lambda_patch_R1 * R1_patch)).backward()
+        nets.opt_D.step()
+        losses |= {"R1": R1, "R1_patch": R1_patch}
 
-    # ---- E and G --------------------------------------------------------------------------------
+    # ---- E and G: rebuild x, fool the new D, and keep the company of x^2's patches ------------
+    for net in (nets.D, nets.D_patch):
+        net.requires_grad_(False)
     with autocast():
-        rec, mix, owners = rebuild_and_swap(m, x_G, args)
-    losses["rec"] = (rec - x_G[:len(rec)]).abs().mean()                       # Eq. (4.1)
-    with autocast():
-        fooled_rec, fooled_mix = m.D(torch.cat([rec, mix])).split([len(rec), len(mix)])
-    losses["GAN_rec"] = gan(fooled_rec, True)                                 # Eq. (4.2)
-    losses["GAN_swap"] = gan(fooled_mix, True)                                # Eq. (4.3)
-    # WHY stop at the pictures: D's and P's weights must get no gradient here, and the maps of one
-    # are freed before the other makes its own. The last lines hand the gradient on to E and G.
-    grad_rec, grad_mix = torch.autograd.grad(
-        args.lambda_gan_rec * losses["GAN_rec"] + args.lambda_gan_swap * losses["GAN_swap"],
-        [rec, mix])
-    if cooccur:
-        with autocast():
-            with torch.no_grad():
-                references = m.P.features(random_crops(owners, args, rng))
-            queries = m.P.features(random_crops(mix, args, rng))
-            losses["cooccur"] = gan(m.P.compare(references, queries), True)   # Eq. (4.4)
-        grad_mix = grad_mix + torch.autograd.grad(args.lambda_cooccur * losses["cooccur"], mix)[0]
-    m.opt_G.zero_grad(set_to_none=True)
-    torch.autograd.backward([args.lambda_rec * losses["rec"], rec, mix],      # Sec. 4.3.4, L_total
-                            [None, grad_rec, grad_mix])
-    m.opt_G.step()
+        L_total, terms = generator_loss(nets, x_G, args, rng)
+    nets.opt_G.zero_grad()
+    L_total.backward()
+    nets.opt_G.step()
     if args.ema:
-        for name in "EG":
-            nets = getattr(m, f"{name}_ema"), getattr(m, name)
-            for mean, new in zip(*(net.parameters() for net in nets), strict=True):
-                mean.lerp_(new.detach(), 1 - args.ema)
-    return {name: loss.detach() for name, loss in losses.items()}
+        for mean, net in ((nets.E_ema, nets.E), (nets.G_ema, nets.G)):
+            for p, new in zip(mean.parameters(), net.parameters(), strict=True):
+                p.lerp_(new.detach(), 1 - args.ema)
+    return losses | terms
 
 
 # =============================================================================================
@@ -741,35 +692,25 @@ def train_step(m, x_D, x_G, args, rng, step=0):
 # =============================================================================================
 
 
-def data_folder(args):
-    def draw_toy():
-        return common.lab("toy", "--data toy").ensure("textures", args.size)
-
-    return common.find_data(args.data, LAYOUT, {}, draw_toy)
-
-
 def train(args):
-    run = Run("swapae", args)
+    run = Run("swapae", args, chance(args))
     root = data_folder(args)
     data = Pictures(root, args)
-    total = args.steps or max(1, args.images // (2 * args.batch * run.world))
-    show = test_pictures(root, args, run.device, limit=6)
-    m = build(args, run.device)
-    run.resume_or_start(vars(m))
+    total = args.steps or max(1, PICTURES // (2 * args.batch * run.world))
+    show = test_pictures(root, args, run.device, limit=6)[0]
+    nets = build(args, run.device)
+    run.resume_or_start(vars(nets))
     if args.data == "toy":
         preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
         print(f"toy preset instead of the paper's settings: {preset}")
-    r1 = {}  # of the latest R1 update, so that every row of the log has these columns
-    if args.R1_every:
-        r1 = dict.fromkeys(["R1", "R1_P"][:2 if args.lambda_cooccur else 1], torch.zeros(()))
+    losses = {"R1": torch.zeros(()), "R1_patch": torch.zeros(())}
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
-            run.save_samples(swap_grid(in_use(m), show, show[:5], args))
-        losses = train_step(m, x_D, x_G, args, run.rng(), step)
-        r1 |= {name: losses.pop(name) for name in r1 if name in losses}
-        run.log(losses | r1)
-    run.save_samples(swap_grid(in_use(m), show, show[:5], args))
-    run.finish(truth_scores(in_use(m), root, args, run.device) if args.data == "toy" else [])
+            run.save_samples(swap_grid(in_use(nets), show, show[:4], args))
+        losses |= train_step(nets, x_D, x_G, args, run.rng(), step)
+        run.log(losses)  # with the latest R1, so that every row has it
+    run.save_samples(swap_grid(in_use(nets), show, show[:4], args))
+    run.finish(truth_scores(in_use(nets), root, args, run.device) if args.data == "toy" else [])
 
 
 # =============================================================================================
@@ -777,54 +718,49 @@ def train(args):
 # =============================================================================================
 
 
-def in_use(m):
+def in_use(nets):
     """The E and G to translate with: the averaged ones of --ema, if there are any."""
-    return SimpleNamespace(E=getattr(m, "E_ema", m.E), G=getattr(m, "G_ema", m.G))
-
-
-# ---- Editing codes (Sec. 4.4.5, 4.4.6): pure functions of tensors ------------------------------
-
-
-def padded(x, E):
-    """x (B, 3, H, W) -> at least 7 cells of E each way, whole cells; more at right and bottom."""
-    h, w = x.shape[2:]
-    right, bottom = (max(7 * E.multiple, n + -n % E.multiple) - n for n in (w, h))
-    return F.pad(x, (0, right, 0, bottom), "reflect" if right < w and bottom < h else "replicate")
+    return SimpleNamespace(E=getattr(nets, "E_ema", nets.E), G=getattr(nets, "G_ema", nets.G))
 
 
 @torch.no_grad()
-def embed(m, x, args):
-    """x (B, 3, H, W) of any size -> structure (B, 8, h, w), texture (B, 2048)."""
+def embed(nets, x, args):
+    """x (B, 3, H, W) of any size, padded to whole cells and 7 of them -> z_s, z_t of E(x)."""
+    (h, w), cell = x.shape[2:], nets.E.multiple
+    right, bottom = (max(7 * cell, n + -n % cell) - n for n in (w, h))
+    mode = "reflect" if right < w and bottom < h else "replicate"
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        s, t = m.E(padded(x, m.E))
-    return s.float(), t.float()
+        z_s, z_t = nets.E(F.pad(x, (0, right, 0, bottom), mode=mode))
+    return z_s.float(), z_t.float()
 
 
 @torch.no_grad()
-def paint(m, s, t, args, size=None):
-    """G(s, t) in [-1, 1], cut to size (H, W); one texture code serves any number of structures.
+def paint(nets, z_s, z_t, args, size):
+    """G(z_s, z_t) in [-1, 1], cut to size (H, W); one z_t serves any number of z_s.
 
     WHY a seeded generator: the noise stays the same from edit to edit, so only the edit shows.
     """
     rng = torch.Generator().manual_seed(args.seed)
-    with torch.autocast(s.device.type, torch.bfloat16, enabled=args.amp):
-        x = m.G(s, t.expand(len(s), -1), rng)
-    h, w = size or x.shape[2:]
-    return x[:, :, :h, :w].float().clamp(-1, 1)
+    with torch.autocast(z_s.device.type, torch.bfloat16, enabled=args.amp):
+        x = nets.G(z_s, z_t.expand(len(z_s), -1), rng)
+    return x[:, :, :size[0], :size[1]].float().clamp(-1, 1)
 
 
-def swap(m, x, texture, args, alpha=1.0):
-    """The structure of x (B, 3, H, W) in the texture of another (1 or B, 3, H', W'), same size.
+def swap(nets, x1, x2, args, alpha=1.0):
+    """The structure of x1 (B, 3, H, W) in the texture of x2 (1 or B, 3, H', W'), x1's size.
 
-    alpha: how far to go from the texture code of x (0) to the other's (1), Fig. 4.7.
+    alpha: how far to go from x1's own texture code (0) to that of x2 (1), Fig. 4.7.
     """
-    s, t = embed(m, x, args)
-    return paint(m, s, t.lerp(embed(m, texture, args)[1], alpha), args, x.shape[2:])
+    z_s, z_t = embed(nets, x1, args)
+    return paint(nets, z_s, z_t.lerp(embed(nets, x2, args)[1], alpha), args, x1.shape[2:])
 
 
-def attribute(t_plus, t_minus):
+# ---- Editing codes (Sec. 4.4.5, 4.4.6, 4.4.9): pure functions of tensors ------------------------
+
+
+def attribute(z_plus, z_minus):
     """Two groups of texture codes (N, C), (M, C) -> the direction (1, C) from one to the other."""
-    return t_plus.mean(0, keepdim=True) - t_minus.mean(0, keepdim=True)
+    return z_plus.mean(0, keepdim=True) - z_minus.mean(0, keepdim=True)
 
 
 def principal_directions(codes, count):
@@ -833,32 +769,29 @@ def principal_directions(codes, count):
     Their largest component is positive, so that a direction has one sign only.
     """
     centred = codes.cpu().double() - codes.cpu().double().mean(0)
-    values, vectors = torch.linalg.eigh(centred.t() @ centred / len(codes))
-    vectors = vectors.flip(1)[:, :count].t()
-    sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
-    return (vectors * sign).to(codes), values.flip(0)[:count].clamp(min=0).sqrt().to(codes)
+    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions, values = directions[:count], values[:count] / math.sqrt(len(codes))
+    sign = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+    return (directions * sign).to(codes), values.to(codes)
 
 
-def edit_region(s, direction, mask):
-    """Adds a direction (C) to the structure s (B, C, h, w) where mask (B or 1, 1, h, w) is 1."""
-    return s + mask * direction.view(1, -1, 1, 1)
+def similarity_mask(z_s, row, column, least=0.5):
+    """Cells whose structure has a cosine of `least` with that of cell (row, column): (B, 1, h, w)
+    of 0 and 1."""
+    z_s = normalised(z_s)
+    cosine = (z_s * z_s[:, :, row:row + 1, column:column + 1]).sum(1, keepdim=True)
+    return (cosine >= least).to(z_s)
 
 
-def similarity_mask(s, row, column, least=0.5):
-    """Cells whose structure resembles that of cell (row, column): (B, 1, h, w) of 0 and 1."""
-    s = normalised(s)
-    return ((s * s[:, :, row:row + 1, column:column + 1]).sum(1, keepdim=True) >= least).to(s)
-
-
-def clone(s, source, box, to):
-    """s (B, C, h, w) with the box (left, top, width, height) of source's cells put at `to`
+def clone(z_s, source, box, to):
+    """z_s (B, C, h, w) with the box (left, top, width, height) of source's cells put at `to`
     (left, top); what would leave either map is dropped."""
     (left, top, width, height), (x, y) = box, to
-    width = max(0, min(width, source.shape[3] - left, s.shape[3] - x))
-    height = max(0, min(height, source.shape[2] - top, s.shape[2] - y))
-    s = s.clone()
-    s[:, :, y:y + height, x:x + width] = source[:, :, top:top + height, left:left + width]
-    return s
+    width = max(0, min(width, source.shape[3] - left, z_s.shape[3] - x))
+    height = max(0, min(height, source.shape[2] - top, z_s.shape[2] - y))
+    z_s = z_s.clone()
+    z_s[:, :, y:y + height, x:x + width] = source[:, :, top:top + height, left:left + width]
+    return z_s
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -870,221 +803,164 @@ def load_networks(args, device):
         raise UserError("--weights FILE is needed: a last.pt of this script or the authors' file")
     state = common.load_file(args.weights)
     if isinstance(state, dict) and "method" in state:
-        m = SimpleNamespace(E=encoder(args), G=generator(args))
+        nets = in_use(build(args, torch.device("cpu")))
         ema = "_ema" if args.ema else ""
-        common.load_parts(vars(m), {k: state["parts"].get(k + ema) for k in "EG"}, args.weights)
+        common.load_parts(vars(nets), {k: state["parts"].get(k + ema) for k in "EG"}, args.weights)
     else:
-        released = common.lab("released", "--weights with a released file")
-        m = SimpleNamespace(**dict(zip("EG", released.swapae(state, args.weights), strict=True)))
-    for net in vars(m).values():
-        net.to(device).eval()
-    return m
+        released = common.lab("released", "a file of the authors'")
+        nets = SimpleNamespace(**dict(zip("EG", released.swapae(state, args.weights), strict=True)))
+    nets.E.to(device).eval()
+    nets.G.to(device).eval()
+    return nets
 
 
-def opened(files, args, device, limit=1000):
-    """Files, at most `limit`, evenly spaced -> (N, 3, size, size), cut from the middle."""
-    n = min(limit, len(files))
-    files = [files[i * len(files) // n] for i in range(n)]
-    return torch.stack([resized(f, args) for f in files]).to(device)
+def codes_of(nets, files, args, device):
+    """Files -> z_s (N, C, h, w), z_t (N, C') of at most 1000 of them, each at --size."""
+    pairs = [embed(nets, x, args) for x in opened(files, args, device).split(8)]
+    return tuple(torch.cat(codes) for codes in zip(*pairs, strict=True))
 
 
-def texture_codes(m, pictures, args):
-    """(N, 3, H, W) -> (N, 2048), a few at a time."""
-    return torch.cat([embed(m, x, args)[1] for x in pictures.split(8)])
-
-
-def structure_codes(m, pictures, args):
-    """(N, 3, H, W) -> (N * h * w, 8): every place is a sample."""
-    return torch.cat([embed(m, x, args)[0].permute(0, 2, 3, 1).flatten(0, 2)
-                      for x in pictures.split(8)])
-
-
-def direction_of(m, args, device):
-    """What --vector or --pca adds to a code, (1, C)."""
-    if args.vector:
-        return attribute(*(texture_codes(m, opened(common.list_pictures(folder), args, device),
-                                         args) for folder in args.vector))
-    pictures = opened(training_files(data_folder(args)), args, device)
-    codes = (structure_codes if args.mask else texture_codes)(m, pictures, args)
-    most = min(codes.shape[1], len(codes) - 1)
+def principal_edit(nets, args, device):
+    """--pca K: one deviation along --data's K-th direction. Of texture codes: (1, C); of structure
+    codes, for --mask: (1, C, 1, 1) of their places, or (1, C, h, w) of whole maps."""
+    z_s, z_t = codes_of(nets, training_files(data_folder(args)), args, device)
+    samples, shape = z_t, (1, -1)
+    if args.mask == "all":
+        samples, shape = z_s.flatten(1), (1, *z_s.shape[1:])
+    elif args.mask:
+        samples, shape = z_s.permute(0, 2, 3, 1).flatten(0, 2), (1, -1, 1, 1)
+    most = min(samples.shape[1], len(samples) - 1)
     if not 1 <= args.pca <= most:
-        raise UserError(f"--pca {args.pca}: {len(codes)} codes have directions 1 to {most}")
-    directions, deviations = principal_directions(codes, args.pca)
-    return directions[-1:] * deviations[-1]
+        raise UserError(f"--pca {args.pca}: {len(samples)} codes have directions 1 to {most}")
+    directions, deviations = principal_directions(samples, args.pca)
+    return (directions[-1] * deviations[-1]).view(shape)
 
 
-def mask_of(s, x, args, multiple):
-    """--mask -> (1, 1, h, w) over the cells of s, for the picture x (1, 3, H, W)."""
+def mask_of(z_s, x, args, cell):
+    """--mask -> (1, 1, h, w) over the cells of z_s, for the picture x (1, 3, H, W)."""
+    (H, W), (h, w) = x.shape[2:], z_s.shape[2:]
+    if args.mask == "all":
+        if (h, w) != (args.size // cell,) * 2:
+            raise UserError(f"--mask all: {W}x{H} pixels, but the map is of {args.size} each way")
+        return torch.ones_like(z_s[:1, :1])
     if re.fullmatch(r"\d+,\d+", args.mask):
         column, row = map(int, args.mask.split(","))
-        if row >= x.shape[2] or column >= x.shape[3]:
-            raise UserError(f"--mask {args.mask}: outside of a picture of "
-                            f"{x.shape[3]}x{x.shape[2]}")
-        return similarity_mask(s, row // multiple, column // multiple, args.similar)
+        if row >= H or column >= W:
+            raise UserError(f"--mask {args.mask}: outside of a picture of {W}x{H}")
+        return similarity_mask(z_s, row // cell, column // cell)
     white = common.to_tensor(common.open_rgb(args.mask)).mean(0)[None, None] / 2 + 0.5
-    if white.shape[2:] != x.shape[2:]:
+    if white.shape[2:] != (H, W):
         raise UserError(f"--mask {args.mask}: {white.shape[3]}x{white.shape[2]} pixels, but the "
-                        f"picture has {x.shape[3]}x{x.shape[2]}")
-    h, w = (n * multiple for n in s.shape[2:])
-    white = F.pad(white, (0, w - white.shape[3], 0, h - white.shape[2]), mode="replicate")
-    return F.avg_pool2d(white, multiple).to(s)
+                        f"picture has {W}x{H}")
+    white = F.pad(white, (0, w * cell - W, 0, h * cell - H), mode="replicate")
+    return F.avg_pool2d(white, cell).to(z_s)
 
 
-def boxes_of(pixels, source, s, multiple):
+def cells_of(pixels, source, z_s, cell):
     """--clone's X Y W H TO_X TO_Y -> ((left, top, width, height), (x, y)): all cells touched."""
-    left, top, x, y = (pixels[i] // multiple for i in (0, 1, 4, 5))
-    width, height = (-(-(pixels[i] + pixels[i + 2]) // multiple) - first
+    left, top, x, y = (pixels[i] // cell for i in (0, 1, 4, 5))
+    width, height = (-(-(pixels[i] + pixels[i + 2]) // cell) - first
                      for i, first in ((0, left), (1, top)))
-    for place, here in (((left, top), source), ((x, y), s)):
-        if place[0] >= here.shape[3] or place[1] >= here.shape[2]:
-            raise UserError(f"--clone {' '.join(map(str, pixels))}: starts outside of a picture of "
-                            f"{here.shape[3]}x{here.shape[2]} cells of {multiple} pixels")
+    if (min(pixels) < 0 or 0 in pixels[2:4] or left >= source.shape[3] or top >= source.shape[2]
+            or x >= z_s.shape[3] or y >= z_s.shape[2]):
+        raise UserError(f"--clone {' '.join(map(str, pixels))}: expected X Y W H TO_X TO_Y, pixels "
+                        f"inside the picture, W and H at least 1")
     return (left, top, width, height), (x, y)
 
 
 def translate_files(args):
-    """Edit --translate, a picture or a folder; several --alpha or --gain give strips side by side.
-
-    --exemplar: the texture of another picture (a folder: each in turn, a folder of outputs each).
-    """
-    if sum(map(bool, (args.exemplar and not args.clone, args.vector, args.pca is not None,
-                       args.clone))) != 1:
-        raise UserError("--translate needs one of --exemplar, --vector, --pca, --clone")
-    if args.mask and args.pca is None:
-        raise UserError("--mask: chooses where --pca moves the structure code")
+    """Edit --translate, a picture or a folder; several --alpha give strips side by side."""
+    if [bool(args.exemplar) and not args.clone, bool(args.vector), args.pca is not None,
+            bool(args.clone)].count(True) != 1 or args.mask and args.pca is None:
+        raise UserError("--translate needs one of --exemplar, --vector, --pca (perhaps with "
+                        "--mask), --clone")
     device = common.pick_device(args.device)
-    m, out = load_networks(args, device), Path(args.out or "translated")
-    cell = m.E.multiple
-    exemplars = [None]
+    nets, other, step = load_networks(args, device), None, None
     if args.exemplar:
-        exemplars = common.list_pictures(args.exemplar)
-    direction = direction_of(m, args, device) if args.vector or args.pca is not None else None
-    for file in exemplars:
-        other = file and embed(m, common.to_tensor(common.open_rgb(file))[None].to(device), args)
+        other = embed(nets, common.to_tensor(common.open_rgb(args.exemplar))[None].to(device), args)
+    if args.vector:
+        step = attribute(*(codes_of(nets, common.list_pictures(folder), args, device)[1]
+                           for folder in args.vector))
+    if args.pca is not None:
+        step = principal_edit(nets, args, device)
 
-        def edit(x, other=other):
-            x = x.to(device)
-            s, t = embed(m, x, args)
-            if args.clone:
-                source = other[0] if other else s
-                edits = [(clone(s, source, *boxes_of(args.clone, source, s, cell)), t)]
-            elif args.mask:
-                mask = mask_of(s, x, args, cell)
-                edits = [(edit_region(s, gain * direction, mask), t) for gain in args.gain]
-            elif direction is not None:
-                edits = [(s, t + gain * direction) for gain in args.gain]
-            else:
-                edits = [(s, t.lerp(other[1], alpha)) for alpha in args.alpha]
-            return torch.cat([paint(m, *codes, args, x.shape[2:]) for codes in edits], dim=3)
+    def edited(x):
+        x, cell = x.to(device), nets.E.multiple
+        z_s, z_t = embed(nets, x, args)
+        if args.clone:
+            source = other[0] if other else z_s
+            codes = [(clone(z_s, source, *cells_of(args.clone, source, z_s, cell)), z_t)]
+        elif args.mask:
+            mask = mask_of(z_s, x, args, cell)
+            codes = [(z_s + alpha * mask * step, z_t) for alpha in args.alpha]
+        elif other:
+            codes = [(z_s, z_t.lerp(other[1], alpha)) for alpha in args.alpha]
+        else:
+            codes = [(z_s, z_t + alpha * step) for alpha in args.alpha]
+        return torch.cat([paint(nets, *pair, args, x.shape[2:]) for pair in codes], dim=3)
 
-        alone = [f.stem for f in exemplars if f].count(file and file.stem) < 2
-        name = "" if len(exemplars) == 1 else file.stem if alone else file.name.replace(".", "-")
-        common.translate_files(args.translate, out / name, edit)
-
-
-# ---- Pictures of many swaps ----------------------------------------------------------------------
+    common.translate_files(args.translate, args.out or "translated", edited)
 
 
 def test_pictures(root, args, device, limit=1000):
-    """(N, 3, size, size) of `test_files`, evenly spaced."""
-    return opened(test_files(root, args.split), args, device, limit)
+    """(N, 3, size, size) of --split, evenly spaced, and what they are. Where a folder has no test
+    pictures they are training pictures, and are called so."""
+    if files := find_pictures(root, args.split):
+        return opened(files, args, device, limit), f"{args.split} pictures"
+    if args.split != "test":
+        raise UserError(f"{root}: no {args.split} pictures; expected {LAYOUT}")
+    return opened(training_files(root), args, device, limit), "TRAINING pictures"
 
 
-def swap_grid(m, structures, textures, args):
-    """Fig. 4.4 as columns: structures, reconstructions, then a column per texture (top row)."""
-    (s, own), t = embed(m, structures, args), embed(m, textures, args)[1]
-    blank = torch.ones_like(structures[:1])
-    columns = {"structure": [blank, structures], "own texture": [blank, paint(m, s, own, args)]}
-    for i, picture in enumerate(textures):
-        columns[f"texture {i + 1}"] = [picture[None], paint(m, s, t[i:i + 1], args)]
+def structure_pictures(z_s, size):
+    """z_s (N, C, h, w), places as colours: their three principal components, (N, 3, H, W)."""
+    samples = z_s.permute(0, 2, 3, 1).flatten(0, 2)                        # (N h w, C)
+    parts = (samples - samples.mean(0)) @ principal_directions(samples, 3)[0].t()
+    low, high = parts.amin(0), parts.amax(0)
+    parts = F.pad((parts - low) / (high - low).clamp(min=1e-12), (0, 3 - parts.shape[1]), value=0.5)
+    parts = parts.unflatten(0, (len(z_s), *z_s.shape[2:])).permute(0, 3, 1, 2)
+    return F.interpolate(parts, tuple(size)) * 2 - 1
+
+
+def swap_grid(nets, structures, textures, args):
+    """Fig. 4.4 as columns: structures, their codes, reconstructions, a column per texture (top)."""
+    (z_s, own), z_t = embed(nets, structures, args), embed(nets, textures, args)[1]
+    blank, size = torch.ones_like(structures[:1]), structures.shape[2:]
+    columns = {"structure": [blank, structures], "z_s": [blank, structure_pictures(z_s, size)],
+               "own texture": [blank, paint(nets, z_s, own, args, size)]}
+    for i, x2 in enumerate(textures):
+        columns[f"texture {i + 1}"] = [x2[None], paint(nets, z_s, z_t[i:i + 1], args, size)]
     return {label: torch.cat(column) for label, column in columns.items()}
 
 
-# ---- Metrics (Sec. 4.4.2, 4.4.4, 4.4.11) ---------------------------------------------------------
+# ---- Scores (Sec. 4.4.2, 4.4.4) -----------------------------------------------------------------
 
 
-def texture_and_structure(args, device):
-    """SIFID and the self-similarity distance, each a function of two batches -> float."""
-    metrics = common.lab("metrics", "--evaluate")
-    return (functools.partial(metrics.sifid, metrics.sifid_network(args.vgg, device)),
-            functools.partial(metrics.self_similarity,
-                              metrics.self_similarity_network(args.vgg, device)))
-
-
-def stacked(root, folder, device):
-    files = common.list_pictures(Path(root) / folder)
-    return torch.stack([common.to_tensor(common.open_rgb(f)) for f in files]).to(device)
-
-
-def truth_scores(m, root, args, device):
-    """Scores of swaps with the next picture's texture against the toy world's true answers."""
-    toy = common.lab("toy", "--data toy")
-    x, y = (stacked(root, f"{args.split}{kind}", device) for kind in ("", "_truth"))
-    other = x.roll(-1, dims=0)
-    y_hat = torch.cat([swap(m, *pair, args) for pair in zip(x.split(1), other.split(1),
-                                                            strict=True)])
-    again = torch.cat([swap(m, p, p, args) for p in x.split(1)])
-    flat = x.mean((2, 3), keepdim=True)
-    scores = toy.texture_scores(*(p.cpu() for p in (x, other, y_hat, y)))
-    scores.append({"name": "reconstruction error", "better": "lower",
-                   "value": float((again - x).abs().mean() * 127.5),
-                   "trivial": {"mean colour": float((flat - x).abs().mean() * 127.5)}})
-    return scores
+def truth_scores(nets, root, args, device):
+    """Scores of swaps against the toy world's true answers, and in which code an error sits."""
+    def hybrid(x1, x2):  # (N, 3, H, W), on the CPU
+        pairs = zip(x1.to(device).split(8), x2.to(device).split(8), strict=True)
+        return torch.cat([swap(nets, *pair, args) for pair in pairs]).cpu()
+    return common.lab("toy", "--data toy").swap_scores(Path(root), args.split, hybrid)
 
 
 def evaluate(args):
-    """Reconstruction, time, and both distances and FID of swaps of the test pictures."""
-    device = common.pick_device(args.device)
-    m, root = load_networks(args, device), data_folder(args)
-    scores = truth_scores(m, root, args, device) if args.data == "toy" else []
-    x = test_pictures(root, args, device)
+    """Reconstruction, and both distances and FID of swaps of the test pictures."""
+    device, metrics = common.pick_device(args.device), common.lab("metrics", "--evaluate")
+    nets, root = load_networks(args, device), data_folder(args)
+    scores = truth_scores(nets, root, args, device) if args.data == "toy" else []
+    x, kind = test_pictures(root, args, device)
     if len(x) < 2:
         raise UserError(f"--evaluate: two or more test pictures are needed in {root}")
-    away = 1 if args.data == "toy" else len(x) // 2       # neighbours are often video frames
-    other, metrics = x.roll(-away, dims=0), common.lab("metrics", "--evaluate")
-    sifid, self_similarity = texture_and_structure(args, device)
-    if args.lpips == "alex":
-        distance = metrics.lpips(device, "--lpips vgg measures with --vgg's features instead")
-    else:
-        vgg = common.VGG([f"relu{i}_1" for i in range(1, 6)], args.vgg).to(device)
-        distance = functools.partial(metrics.feature_distance, vgg)
-    again, mix, seconds = [], [], {"embedding": [], "hybrid": []}
-    for p, q in zip(x.split(1), other.split(1), strict=True):
-        start = time.perf_counter()
-        s, t = embed(m, p, args)
-        t[0, 0].item()                                                     # waits for a GPU
-        seconds["embedding"].append(time.perf_counter() - start)
-        again.append(paint(m, s, t, args))
-        again[-1][0, 0, 0, 0].item()
-        start = time.perf_counter()
-        mix.append(swap(m, p, q, args))
-        mix[-1][0, 0, 0, 0].item()
-        seconds["hybrid"].append(time.perf_counter() - start)
-    again, mix = torch.cat(again), torch.cat(mix)
-    name = "LPIPS" if args.lpips == "alex" else f"VGG distance ({args.vgg})"
-    n, kind = len(x), f"{args.vgg} weights"
-    pairs = list(zip(x.split(1), other.split(1), again.split(1), strict=True))
-    scores += [
-        {"name": f"reconstruction {name} ({n} pictures)", "better": "lower",
-         "value": statistics.mean(distance(r, p) for p, _, r in pairs),
-         "trivial": {"another picture": statistics.mean(distance(q, p) for p, q, _ in pairs)}},
-        {"name": "reconstruction L1, of [-1, 1]", "better": "lower",
-         "value": float((again - x).abs().mean()),
-         "trivial": {"another picture": float((other - x).abs().mean())}},
-        {"name": f"SIFID of swaps to the texture ({kind})", "better": "lower",
-         "value": sifid(mix, other),
-         "trivial": {"copy the structure": sifid(x, other)}},
-        {"name": f"self-similarity distance of swaps to the structure ({kind})", "better": "lower",
-         "value": self_similarity(mix, x),
-         "trivial": {"copy the texture": self_similarity(other, x)}}]
-    for what, times in seconds.items():
-        scores.append({"name": f"{what}, seconds on {device.type}", "better": "lower",
-                       "value": statistics.median(times)})
+    x2 = x.roll(-1 if args.data == "toy" else -(len(x) // 2), dims=0)  # neighbours may be frames
+    x_rec, x_hyb = (torch.cat([swap(nets, p, q, args) for p, q in zip(
+        x.split(1), other.split(1), strict=True)]) for other in (x, x2))
+    scores += metrics.swap_scores(x, x2, x_rec, x_hyb, args.vgg, f"{len(x)} {kind}", device)
     common.print_scores(scores)
     if args.data != "toy" or args.fid_weights:  # last, because its network may have to be fetched
-        value = metrics.fid(mix.split(1), x.split(1), device, args.fid_weights)
-        common.print_scores([{"name": f"FID ({n} swaps, {n} structure pictures, 299x299)",
-                              "value": value, "better": "lower"}])
+        value = metrics.fid(x_hyb.split(1), x.split(1), device, args.fid_weights)
+        common.print_scores([{"name": f"FID of swaps ({len(x)} {kind}, 299x299)", "value": value,
+                              "better": "lower"}])
 
 
 # =============================================================================================

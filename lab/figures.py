@@ -11,8 +11,9 @@ figure is written beside FILE, or into DIR. What there is, and which figure of t
     spade uniform       Fig. 2.3: maps of one label, which normalisation washes away
     segin match         Figs. 3, 4: which block of the reference went where
     swapae grid         Fig. 4.4: structures in rows, textures in columns
-    swapae interpolate  Fig. 4.7: from one texture code to another's
+    swapae interpolate  Figs. 4.6, 4.7: from one texture code to another's
     swapae pca          Fig. 4.14: along the principal directions of the texture codes
+    swapae domains      Fig. 4.18: is the first of them the domain?
     swapae corruptions  Fig. 4.19: what each distance notices
     egscit masks        Sec. 3.1: the most contrasted channels of the feature masks
     egscit embedding    Fig. 5: real pictures and translations on their two main axes
@@ -74,6 +75,16 @@ def principal(samples, count):
     places = samples @ torch.pca_lowrank(samples, count, center=False, niter=4)[2]
     low, high = places.amin(0), places.amax(0)
     return (places - low) / (high - low).clamp(min=1e-12)
+
+
+def print_time(name, work, size, device):
+    """The best time of five of work(), a function that gives a tensor."""
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        work().sum().item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    print(f"{name}: {1000 * min(seconds[1:]):.1f} ms for one {size} picture on {device.type}")
 
 
 # ---- CUT -----------------------------------------------------------------------------------------
@@ -206,13 +217,7 @@ def segin_match(args):
     m.N.eval()
     for name, work in (("match", lambda: segin.auxiliary(x[:1], r[:1], m.match)),
                        ("N", lambda: m.N(x[:1], W[:1])[0])):
-        seconds = []
-        for _ in range(6):  # the first one warms up
-            start = time.perf_counter()
-            work()[0, 0, 0, 0].item()  # waits for a GPU
-            seconds.append(time.perf_counter() - start)
-        print(f"{name}: {1000 * min(seconds[1:]):.1f} ms for one {args.size}x{args.size} picture "
-              f"on {device.type}")
+        print_time(name, work, f"{args.size}x{args.size}", device)
 
 
 # ---- Swapping Autoencoder ------------------------------------------------------------------------
@@ -223,57 +228,81 @@ def swapae_shown(args):
     import swapae
 
     device = common.pick_device(args.device)
-    m, root = swapae.load_networks(args, device), swapae.data_folder(args)
-    return swapae, m, swapae.test_pictures(root, args, device, limit=6), root, device
+    nets, root = swapae.load_networks(args, device), swapae.data_folder(args)
+    return swapae, nets, swapae.test_pictures(root, args, device, limit=6)[0], root, device
 
 
 def swapae_grid(args):
-    """Each of six structures with its own texture and with each of the six."""
-    swapae, m, show, *_ = swapae_shown(args)
-    save(args, "grid", swapae.swap_grid(m, show, show, args))
+    """Each of six structures with its own texture and with each of the six; prints the times of
+    embedding a picture and of making a hybrid (Tab. 4.1)."""
+    swapae, nets, show, *_ = swapae_shown(args)
+    save(args, "grid", swapae.swap_grid(nets, show, show, args))
+    for name, work in (("embedding", lambda: swapae.embed(nets, show[:1], args)[1]),
+                       ("hybrid", lambda: swapae.swap(nets, show[:1], show[1:2], args))):
+        print_time(name, work, f"{show.shape[3]}x{show.shape[2]}", show.device)
 
 
 def swapae_interpolate(args):
-    """The texture code on its way to the next picture's; prints both distances."""
-    swapae, m, show, _, device = swapae_shown(args)
+    """The texture code on its way to the next one (Fig. 4.6, right); prints both distances."""
+    swapae, nets, show, _, device = swapae_shown(args)
     other, columns = show.roll(-1, dims=0), {"structure": show}
-    columns |= {f"alpha {a:g}": swapae.swap(m, show, other, args, a)
+    columns |= {f"alpha {a:g}": swapae.swap(nets, show, other, args, a)
                 for a in (0.0, 0.25, 0.5, 0.75, 1.0)}
     columns["texture"] = other
     save(args, "interpolate", columns)
-    print_distances(swapae, columns, "texture", args, device)
+    print_distances(columns, "texture", args, device)
+
+
+def swapae_moved(swapae, nets, show, steps, args):
+    """Columns: the pictures, then each with {name: step} added to their texture codes."""
+    z_s, z_t = swapae.embed(nets, show, args)
+    return {"picture": show} | {name: swapae.paint(nets, z_s, z_t + step, args, show.shape[2:])
+                                for name, step in steps.items()}
 
 
 def swapae_pca(args):
     """Two deviations to both sides, along the three strongest directions of the texture codes."""
-    swapae, m, show, root, device = swapae_shown(args)
-    codes = swapae.texture_codes(
-        m, swapae.opened(swapae.training_files(root), args, device), args)
-    directions, deviations = swapae.principal_directions(codes, 3)
-    (s, t), columns = swapae.embed(m, show, args), {"picture": show}
-    for k in range(len(directions)):
-        for gain in (-2, 2):
-            step = gain * deviations[k] * directions[k]
-            columns[f"PCA {k + 1}: {gain:+d}"] = swapae.paint(m, s, t + step, args)
-    save(args, "pca", columns)
+    swapae, nets, show, root, device = swapae_shown(args)
+    z_t = swapae.codes_of(nets, swapae.training_files(root), args, device)[1]
+    steps = {f"PCA {k + 1}: {gain:+d}": gain * deviation * direction for k, (direction, deviation)
+             in enumerate(zip(*swapae.principal_directions(z_t, 3), strict=True))
+             for gain in (-2, 2)}
+    save(args, "pca", swapae_moved(swapae, nets, show, steps, args))
+
+
+def swapae_domains(args):
+    """Pictures of trainA and trainB, trained on as one, along the first direction of their texture
+    codes; prints its cosine with the difference of the domains' mean codes (by chance about 0)."""
+    swapae, nets, _, root, device = swapae_shown(args)
+    files = [common.find_split(root, "train", side) for side in "AB"]
+    z_A, z_B = (swapae.codes_of(nets, side, args, device)[1] for side in files)
+    directions, deviations = swapae.principal_directions(torch.cat([z_A, z_B]), 1)
+    cosine = F.cosine_similarity(swapae.attribute(z_B, z_A), directions)
+    steps = {f"first axis: {gain:+d}": gain * cosine.sign() * deviations[0] * directions
+             for gain in (-2, -1, 1, 2)}
+    show = torch.cat([swapae.opened(side, args, device, limit=3) for side in files])
+    save(args, "domains", swapae_moved(swapae, nets, show, steps, args))
+    print(f"cosine of the first axis and B's mean less A's: {float(cosine.abs()):.3g}")
 
 
 def swapae_corruptions(args):
     """Pictures that are shifted, turned, blurred, noisy; prints both distances to the original."""
-    swapae, _, show, _, device = swapae_shown(args)
+    _, _, show, _, device = swapae_shown(args)
     columns = {name: change(show) for name, change in CORRUPTIONS.items()}
     save(args, "corruptions", columns)
-    print_distances(swapae, columns, "original", args, device)
+    print_distances(columns, "original", args, device)
 
 
-def print_distances(swapae, columns, texture, args, device):
+def print_distances(columns, texture, args, device):
     """SIFID of each column to that named `texture`, self-similarity distance to the first one."""
-    sifid, self_similarity = swapae.texture_and_structure(args, device)
+    from lab import metrics
+
+    style, structure = metrics.style_and_structure(args.vgg, device)
     print(f"SIFID to the {texture} picture, self-similarity distance to the first column "
-          f"({args.vgg} weights)")
+          f"(--vgg {args.vgg})")
     for name, pictures in columns.items():
-        print(f"{name}: {sifid(columns[texture], pictures):.4g} "
-              f"{self_similarity(next(iter(columns.values())), pictures):.4g}")
+        print(f"{name}: {style(columns[texture], pictures):.4g} "
+              f"{structure(next(iter(columns.values())), pictures):.4g}")
 
 
 def shift(x, part=8):
@@ -364,6 +393,7 @@ FIGURES = {  # (script, figure): function of that script's flags
     ("swapae", "grid"): swapae_grid,
     ("swapae", "interpolate"): swapae_interpolate,
     ("swapae", "pca"): swapae_pca,
+    ("swapae", "domains"): swapae_domains,
     ("swapae", "corruptions"): swapae_corruptions,
     ("egscit", "masks"): egscit_masks,
     ("egscit", "embedding"): egscit_embedding,

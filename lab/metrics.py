@@ -8,6 +8,7 @@
     sifid(inception, a, b)                                -> float
     self_similarity_network(weights, device)              -> the network of
     self_similarity(vgg, a, b, side=32)                   -> float
+    swap_scores(x, x2, x_rec, x_hyb, vgg, name, device)   -> scores of a Swapping Autoencoder
     domain_classifier(files, device, seed, steps=200)     -> (p(domain | pictures), its name), for
     inception_scores(p)                                   -> {"IS": float, "CIS": float}
 
@@ -18,6 +19,7 @@ torchmetrics is needed by fid and lpips, torch-fidelity by fid (lab/requirements
 
 import importlib
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -269,6 +271,42 @@ def self_similarity_network(weights, device):
     """
     net = make_layers(cfgs["D"][:-1])
     return frozen(net, weights, VGG16_Weights.IMAGENET1K_V1, "features.").to(device)
+
+
+def style_and_structure(vgg, device):
+    """SIFID and the self-similarity distance, functions of two batches; vgg: 'imagenet', 'random'
+    or a file of VGG-16, which leaves SIFID's Inception with random weights."""
+    inception = sifid_network(vgg if vgg == "imagenet" else "random", device)
+    return partial(sifid, inception), partial(self_similarity, self_similarity_network(vgg, device))
+
+
+def swap_scores(x, x2, x_rec, x_hyb, vgg, name, device):
+    """Scores of reconstructions x_rec of x and of hybrids x_hyb of x in the texture of x2.
+
+    Pictures (N, 3, H, W); name: what they are. vgg: 'imagenet', or 'random' or a file of VGG-16,
+    which stand in for LPIPS's and the self-similarity's network.
+    """
+    if vgg == "imagenet":
+        label, distance = "LPIPS", lpips(device, "--vgg random or FILE is a stand-in")
+    else:
+        taps = common.VGG([f"relu{i}_1" for i in range(1, 6)], vgg).to(device)
+        label = f"distance of VGG features ({Path(vgg).name})"
+        distance = partial(feature_distance, taps)
+    style, structure = style_and_structure(vgg, device)
+
+    def apart(a, b):
+        pairs = list(zip(a.split(1), b.split(1), strict=True))
+        return sum(distance(*pair) for pair in pairs) / len(pairs)
+
+    found = [("reconstruction " + label, apart(x_rec, x), "another picture", apart(x2, x)),
+             ("reconstruction L1, of [-1, 1]", float((x_rec - x).abs().mean()), "another picture",
+              float((x2 - x).abs().mean())),
+             ("SIFID of swaps to the texture" + " (random)" * (vgg != "imagenet"),
+              style(x_hyb, x2), "copy the structure", style(x, x2)),
+             (f"self-similarity distance of swaps to the structure ({Path(vgg).name})",
+              structure(x_hyb, x), "copy the texture", structure(x2, x))]
+    return [{"name": f"{what}, {name}", "value": value, "better": "lower",
+             "trivial": {answer: trivial}} for what, value, answer, trivial in found]
 
 
 # ---- weights ------------------------------------------------------------------------------------

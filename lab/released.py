@@ -122,12 +122,13 @@ SWAPAE_LAYERS = {
     "E.ToGlobalCode.0": "E.to_texture", "G.SpatialCodeModulation.scale": "G.scale",
     "G.SpatialCodeModulation.bias": "G.shift", "G.ToRGB": "G.to_rgb",
     "D.stylegan2_D.convs.0": "D.from_rgb", "D.stylegan2_D.final_conv": "D.last",
-    "D.stylegan2_D.final_linear": "D.dense", "Dpatch.convs.0": "P.from_rgb",
-    "Dpatch.convs.5": "P.block", "Dpatch.convs.6": "P.last", "Dpatch.pairlinear": "P.dense"}
+    "D.stylegan2_D.final_linear": "D.dense", "Dpatch.convs.0": "D_patch.from_rgb",
+    "Dpatch.convs.5": "D_patch.block", "Dpatch.convs.6": "D_patch.last",
+    "Dpatch.pairlinear": "D_patch.dense"}
 SWAPAE_LISTS = {
     r"E\.DownToSpatialCode\.\w+": "E.down", r"E\.DownToGlobalCode\.\w+": "E.pool",
     r"G\.\w+Block\d+": "G.blocks", r"D\.stylegan2_D\.convs\.\w+": "D.down",
-    r"Dpatch\.convs\.\w+": "P.down"}
+    r"Dpatch\.convs\.\w+": "D_patch.down"}
 
 
 def swapae_names(state):

@@ -29,9 +29,8 @@ FORKS = {
                   "--vgg random --vgg-layers 3", "test_label",
                   ["--exemplar", "{data}/test_img/a_1.png", "--exemplar-label",
                    "{data}/test_label/a_1.png"]),
-    "swapae": ("unpaired", "--size 32 --downs 2 --texture 16 --width-E 0.125 --width-G 0.0625 "
-               "--width-D 0.015625 --width-P 0.0625 --patch 8 --crops 3 --batch 4", "testA",
-               EXEMPLAR),
+    "swapae": ("unpaired", "--size 32 --downs 2 --texture 16 --widths 0.125 0.0625 0.015625 0.0625 "
+               "--patch 8 --crops 3 --batch 4", "testA", EXEMPLAR),
     "egscit": ("unpaired", "--size 32 --height 16 --ngf 4 --ndf 4 --blocks 1 --downs 1 "
                "--pretrain 1 --g-updates 2 --vgg random", "testA", EXEMPLAR),
     "segin": ("sketches", "--size 32 --ngf 4 --ndf 4 --downs 2 --batch 2 --vgg random "

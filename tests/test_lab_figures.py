@@ -18,9 +18,8 @@ SHARED = ["--size", "32", "--batch", "2", "--workers", "0", "--device", "cpu"]
 CUT = [*SHARED, "--load", "36", "--ngf", "4", "--ndf", "4", "--blocks", "2", "--patches", "16"]
 SEGIN = [*SHARED, "--ngf", "4", "--ndf", "4", "--downs", "2", "--vgg", "random", "--match-layer",
          "relu2_1"]
-SWAPAE = [*SHARED, "--downs", "2", "--texture", "16", "--width-E", "0.125", "--width-G", "0.0625",
-          "--width-D", "0.015625", "--width-P", "0.0625", "--patch", "8", "--crops", "3", "--vgg",
-          "random"]
+SWAPAE = [*SHARED, "--downs", "2", "--texture", "16", "--widths", "0.125", "0.0625", "0.015625",
+          "0.0625", "--patch", "8", "--crops", "3", "--vgg", "random"]
 EGSCIT = [*SHARED, "--height", "16", "--ngf", "4", "--ndf", "4", "--blocks", "1", "--downs", "1",
           "--pretrain", "1", "--vgg", "random"]
 SPADE = [*SHARED, "--load", "36", "--ngf", "8", "--hidden", "6", "--labels", "4"]
@@ -143,16 +142,19 @@ def test_segin_match(drawn, tmp_path, capsys):
     assert len(places.getcolors()) == 16 * 16  # each place of r has a colour of its own
 
 
-@pytest.mark.parametrize("name, columns", [("grid", 6), ("pca", 7), ("interpolate", 7),
-                                           ("corruptions", 5)])
-def test_swapae(swapae_run, drawn, tmp_path, capsys, monkeypatch, name, columns):
+@pytest.mark.parametrize("name, columns", [("grid", 7), ("pca", 7), ("interpolate", 7),
+                                           ("domains", 5), ("corruptions", 5)])
+def test_swapae(swapae_run, drawn, noise, tmp_path, capsys, monkeypatch, name, columns):
     if name == "interpolate":  # the distances themselves are shown by corruptions
-        monkeypatch.setattr(swapae, "texture_and_structure",
-                            lambda args, device: [lambda a, b: 0.0] * 2)
-    draw("swapae", name, "--weights", swapae_run, "--data", drawn / "textures", "--out", tmp_path)
-    assert columns_of(tmp_path / f"{name}.png") == columns  # grid: two and four test pictures
+        monkeypatch.setattr(metrics, "style_and_structure",
+                            lambda vgg, device: [lambda a, b: 0.0] * 2)
+    data = noise if name == "domains" else drawn / "textures"
+    draw("swapae", name, "--weights", swapae_run, "--data", data, "--out", tmp_path)
+    assert columns_of(tmp_path / f"{name}.png") == columns  # grid: three and four test pictures
     said = capsys.readouterr().out
     assert ("alpha 0.5: " in said) == (name == "interpolate")
+    assert ("hybrid: " in said and "embedding: " in said) == (name == "grid")
+    assert ("cosine of the first axis" in said) == (name == "domains")
     assert ("noise: " in said) == (name == "corruptions")
     if name == "corruptions":
         sifid, structure = said.split("original: ")[1].split("\n")[0].split()

@@ -272,7 +272,7 @@ def test_swapae_names_and_shapes_are_ours(setting, layout, entries):
         prefixes = ("E.", "G.", "D.", "Dpatch.")
         assert entries == tuple(sum(k.startswith(p) for k in theirs) for p in prefixes)
     found = {k: tuple(v.shape) for k, v in released.swapae_names(theirs).items()}
-    assert found == {f"{name}.{k}": tuple(p.shape) for name in "EGDP"
+    assert found == {f"{name}.{k}": tuple(p.shape) for name in ("E", "G", "D", "D_patch")
                      for k, p in getattr(m, name).named_parameters()}
 
 

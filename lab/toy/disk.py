@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 2  # raise it whenever a picture changes or is added: folders are then drawn again
+VERSION = 3  # raise it whenever a picture changes or is added: folders are then drawn again
 STAMP = "toy.json"  # written last
 KINDS = "[AB]|AB|BA|_(img|label|inst|sketch|mask|truth|part)"
 OURS = re.compile(rf"((train|val|test|source|target)({KINDS})?(/\d{{4,}})?|(val|test)_styles"
