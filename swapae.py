@@ -938,9 +938,9 @@ def swap_grid(nets, structures, textures, args):
 
 def truth_scores(nets, root, args, device):
     """Scores of swaps against the toy world's true answers, and in which code an error sits."""
-    def hybrid(x1, x2):  # (N, 3, H, W), on the CPU
-        pairs = zip(x1.to(device).split(8), x2.to(device).split(8), strict=True)
-        return torch.cat([swap(nets, *pair, args) for pair in pairs]).cpu()
+    def hybrid(*x1_and_x2):  # arrays (N, 3, H, W)
+        pairs = zip(*(torch.tensor(x, device=device).split(8) for x in x1_and_x2), strict=True)
+        return torch.cat([swap(nets, *pair, args) for pair in pairs]).cpu().numpy()
     return common.lab("toy", "--data toy").swap_scores(Path(root), args.split, hybrid)
 
 

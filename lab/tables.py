@@ -106,6 +106,14 @@ TABLES = {
         claims=[("CUT", "encoders not shared", "sharing the encoder helps"),
                 ("CUT", "no NCE gradient to G_dec", "G_dec must learn from PatchNCE", BACKGROUND),
                 ("CUT", "FastCUT", "the identity term gives better pictures")]),
+    "swapae.fig4.6": Table(
+        "swapae", "Fig. 4.6 (right): the largest crop of D_patch, as a share of the side",
+        score="motif right", flags=["--steps", "500"],
+        rows=[Row("1/8", "crop_1_8"), Row("1/4 (default)"), Row("1/2", "crop_1_2"),
+              Row("3/4", "crop_3_4"), Row("without D_patch", "no_cooccurrence")],
+        claims=[("3/4", "1/8", "larger patches bring the texture closer"),
+                ("1/8", "3/4", "larger patches change more of the structure", "outline error"),
+                ("1/4 (default)", "without D_patch", "D_patch makes the code mean texture")]),
 }
 
 

@@ -475,8 +475,9 @@ def naive_step(nets, x_D, x_G, args, seed, r1):
         slopes = torch.autograd.grad(D_patch(*pair).sum(), pair, create_graph=True)
         losses["R1"] = slope.square().sum() / len(x) / 2
         losses["R1_patch"] = sum(s.square().sum() for s in slopes) / len(x) / 4
-        grads.append(torch.autograd.grad(16 * (args.lambda_R1 * losses["R1"] + args.lambda_patch_R1
-                                               * losses["R1_patch"]), both))
+        penalty = args.lambda_R1 * losses["R1"] + args.lambda_patch_R1 * losses["R1_patch"]
+        grads.append(torch.autograd.grad(16 * penalty, both, allow_unused=True,  # the last biases
+                                         materialize_grads=True))
     x_rec, x_hyb = pictures(x_G)
     losses["L_rec"] = (x_rec - x_G[:len(x_rec)]).abs().mean()
     losses["L_GAN_rec"], losses["L_GAN_swap"] = softplus(-D(x_rec)), softplus(-D(x_hyb))
@@ -501,7 +502,8 @@ def test_step_is_the_objective(step, flags):
     for optimiser in (nets.opt_D, nets.opt_G):               # a rate of 0: same weights throughout
         optimiser.param_groups[0]["lr"] = 0.0
         optimiser.register_step_pre_hook(lambda o, *_: found.append(
-            [p.grad.clone() for p in o.param_groups[0]["params"]]))
+            [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+             for p in o.param_groups[0]["params"]]))
     x_D, x_G = (noise(args.batch, 3, 32, 32, seed=s).clamp(-1, 1) for s in (7, 8))
     torch.manual_seed(2)
     expected, grads = naive_step(nets, x_D, x_G, args, 3, r1=args.R1_every and step in (15, 31))
@@ -509,7 +511,7 @@ def test_step_is_the_objective(step, flags):
     losses = swapae.train_step(nets, x_D, x_G, args, rng(3), step)
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        assert float(losses[name]) == pytest.approx(float(value.detach()), rel=1e-6), name
+        assert float(losses[name].detach()) == pytest.approx(float(value.detach()), rel=1e-6), name
     for ours, theirs in zip(found, grads, strict=True):
         close(ours, theirs, 1e-5, 1e-8)
 
@@ -626,7 +628,7 @@ def test_what_train_applies(drawn, tmp_path, monkeypatch):
         rates = [o.param_groups[0]["lr"] for o in (nets.opt_G, nets.opt_D)]
         seen.append((step, *rates, rng.initial_seed()))
         assert x_D.shape == x_G.shape == (4, 3, 32, 32) and not torch.equal(x_D, x_G)
-        return {"L_rec": torch.tensor(1.0)} | {"R1": torch.tensor(2.0)} * (step == 1)
+        return {"L_rec": torch.tensor(1.0)} | ({"R1": torch.tensor(2.0)} if step == 1 else {})
 
     monkeypatch.setattr(swapae, "train_step", train_step)
     monkeypatch.setattr(swapae, "PICTURES", 33)              # 33 // (2 * 4): four steps
@@ -835,17 +837,16 @@ def test_regions_and_clones(trained, drawn, model, tmp_path):
     assert mask.shape == (1, 1, 9, 11) and (mask == 1).all()  # to the padded border
 
 
-class Copies(torch.nn.Module):
+def copies(shows):
     """E keeps the picture as both codes; G shows one of them."""
-    multiple = 1
+    def E(x):
+        return x, x.flatten(1)
 
-    def __init__(self, shows):
-        super().__init__()
-        self.shows = shows
+    def G(z_s, z_t, rng):
+        return z_s if shows == "structure" else z_t.view_as(z_s)
 
-    def forward(self, *codes_and_rng):
-        first, *others = codes_and_rng
-        return (first, first) if not others else (first if self.shows == "structure" else others[0])
+    E.multiple = 1
+    return SimpleNamespace(E=E, G=G)
 
 
 @pytest.mark.parametrize("shows", ["structure", "texture"])
@@ -860,8 +861,7 @@ def test_evaluate_of_networks_that_copy(drawn, monkeypatch, capsys, shows):
     monkeypatch.setattr(metrics, "fid", fid)
     monkeypatch.setattr(common, "print_scores",
                         lambda scores: found.update({s["name"]: s for s in scores}))
-    monkeypatch.setattr(swapae, "load_networks", lambda *_: SimpleNamespace(
-        E=Copies(shows), G=Copies(shows)))
+    monkeypatch.setattr(swapae, "load_networks", lambda *_: copies(shows))
     run("--evaluate", "--data", drawn, *TINY, "--fid-weights", "w.pth")
     x, x2 = (torch.stack([picture_of(drawn / f"test/000{i}.png")[0] for i in order])
              for order in ((0, 1, 2, 3), (2, 3, 0, 1)))
@@ -951,7 +951,7 @@ def test_motifs_differ_in_nothing_that_single_pixels_tell():
         material = textures.Material(motif, (10, 20, 30), (110, 220, 30))
         grain = textures.paint_material(material, 256, np.random.default_rng(1)).transpose(2, 0, 1)
         assert np.allclose(grain.mean((1, 2)), (60, 120, 30), atol=4)
-        assert grain.std((1, 2)) == pytest.approx((32, 64, 0), abs=3)
+        assert grain.std((1, 2)) == pytest.approx((30, 60, 0), abs=3)
         assert grain[0].min() >= 10 and grain[0].max() <= 110
         (orientation,), _ = textures.motifs(grain[None], np.ones((1, 256, 256), bool))
         assert orientation == pytest.approx(0.55 * sign, abs=0.05)
@@ -964,7 +964,7 @@ def test_the_truth_has_ones_layout_and_the_others_materials(tmp_path):
         layout = textures.sample_layout(np.random.default_rng([0, 22, i]))
         look = textures.sample_texture(np.random.default_rng([0, 23, (i + 1) % 6]))
         inside = textures.elevation(layout, 64) > 0
-        assert 0.05 < inside.mean() < 0.6 and (textures.is_ground(y)[i] == ~inside).mean() > 0.97
+        assert 0.05 < inside.mean() < 0.6 and (textures.is_ground(y)[i] == ~inside).mean() > 0.95
         for region, material in zip(textures.regions(y[i:i + 1]), (look.figure, look.ground),
                                     strict=True):
             (orientation,), _ = textures.motifs(y[i:i + 1], region)
@@ -993,7 +993,7 @@ def test_texture_scores_of_known_answers(drawn):
     assert shifted["motif right"]["value"] == 1
     scores = toy.swap_scores(folder, "test", lambda structures, textures: structures)
     assert [s["name"] for s in scores][3:] == [
-        "motif right, truth's structure code", "colour error, truth's structure code",
-        "motif right, truth's texture code", "colour error, truth's texture code"]
+        f"{score}, truth's {codes}" for codes in ("structure code", "texture code", "codes")
+        for score in ("motif right", "colour error")]
     assert scores[0]["value"] == copied["motif right"]["value"] == scores[5]["value"]
     assert scores[3]["value"] == 1

@@ -16,10 +16,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
-
-import common
 
 from .disk import contact_sheet
 from .scoring import GREY_LEVELS, as_floats, colour_transfer, score, window_mean
@@ -228,17 +225,18 @@ def texture_scores(x, exemplar, y_hat, y):
 
 
 def swap_scores(folder, split, hybrid):
-    """`texture_scores` of hybrid(structures, textures) on a split of a drawn folder, both (N, 3, H,
-    W) tensors; each picture gets the texture of the next one.
+    """`texture_scores` of hybrid(structures, textures) on a split of a drawn folder, float arrays
+    (N, 3, H, W) in [-1, 1]; each picture gets the texture of the next one.
 
-    In which code does an error sit? The last scores take one of the two from the true answer: what
-    is wrong with the truth's structure code must be the texture code's fault, and the reverse.
+    In which code does an error sit? The last scores take one code, or both, from the true answer:
+    what is wrong with the truth's structure code must be the texture code's fault, and the reverse.
     """
-    x, y = (torch.stack([common.to_tensor(common.open_rgb(f)) for f in sorted(
-        (folder / f"{split}{kind}").iterdir())]) for kind in ("", "_truth"))
-    x2 = x.roll(-1, dims=0)
+    x, y = (np.stack([np.asarray(Image.open(f), np.float32) for f in sorted(
+        (folder / f"{split}{kind}").iterdir())]).transpose(0, 3, 1, 2) / 127.5 - 1
+        for kind in ("", "_truth"))
+    x2 = np.roll(x, -1, axis=0)
     scores = texture_scores(x, x2, hybrid(x, x2), y)
-    for source, pair in (("structure", (y, x2)), ("texture", (x, y))):
-        scores += [s | {"name": f"{s['name']}, truth's {source} code", "trivial": {}}
+    for codes, pair in (("structure code", (y, x2)), ("texture code", (x, y)), ("codes", (y, y))):
+        scores += [s | {"name": f"{s['name']}, truth's {codes}", "trivial": {}}
                    for s in texture_scores(x, x2, hybrid(*pair), y)[:2]]
     return scores
