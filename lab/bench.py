@@ -61,6 +61,14 @@ def random_batch(args, device):
     return [torch.rand(shape).mul(2).sub(1).to(device, memory_format=layout) for _ in "xy"]
 
 
+def clip_batch(args, device):
+    """A batch of noise for pix2pixsc.py, whose step takes lambda_1 in the place of a generator."""
+    ids = torch.randint(args.labels, (args.batch, args.size, args.size), device=device)
+    x = torch.nn.functional.one_hot(ids, args.labels).permute(0, 3, 1, 2).float()
+    (z, exemplar), pair = random_batch(args, device), random_batch(args, device)
+    return [x, z, x.flip(3), exemplar, *pair, torch.arange(args.batch, device=device) % 2 == 0]
+
+
 def seconds(device, work):
     """Seconds that work() takes, until the device has finished it."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -110,8 +118,10 @@ class Step:
         self.args = self.module.get_args(flags)
         self.device = importlib.import_module("common").pick_device(self.args.device)
         self.nets = self.module.build(self.args, self.device)
-        self.batch = getattr(self.module, "random_batch", random_batch)(self.args, self.device)
-        self.rng = torch.Generator().manual_seed(0)
+        make = clip_batch if script == "pix2pixsc" else random_batch
+        make = getattr(self.module, "random_batch", make)
+        self.batch = make(self.args, self.device)
+        self.rng = self.args.lambda_1 if make is clip_batch else torch.Generator().manual_seed(0)
 
     def run(self):
         self.module.train_step(self.nets, *self.batch, self.args, self.rng)

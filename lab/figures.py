@@ -9,6 +9,7 @@ figure is written beside FILE, or into DIR. What there is, and which figure of t
     cut similarity      Fig. 3.27: where does a patch of G(x) find itself in x?
     cut coats           Fig. 3.28: the coats' grey levels in x, G(x) and y (toy data)
     spade uniform       Fig. 2.3: maps of one label, which normalisation washes away
+    pix2pixsc matrix    Figs. 12, 14, 16: label maps in rows, exemplars in columns
     segin match         Figs. 3, 4: which block of the reference went where
     swapae grid         Fig. 4.4: structures in rows, textures in columns
     swapae interpolate  Figs. 4.6, 4.7: from one texture code to another's
@@ -183,6 +184,28 @@ def spade_uniform(args):
         gaps = [(p[i] - p[j]).abs().mean() for i in range(len(p)) for j in range(i)]
         print(f"{name}: {float(sum(gaps) / len(gaps) * 127.5):.3g} grey levels between labels")
     save(args, "uniform", {"m": spade.colour_map(labels)} | columns)
+
+
+# ---- pix2pixSC -----------------------------------------------------------------------------------
+
+
+def pix2pixsc_matrix(args, count=5):
+    """Test label maps in rows, exemplars of different clips in columns, the exemplars on top."""
+    import pix2pixsc
+
+    device, root = common.pick_device(args.device), pix2pixsc.data_folder(args)
+    G, frames = pix2pixsc.load_generator(args, device), pix2pixsc.find_frames(
+        root, args.split, args)
+    pix2pixsc.complete(args, frames)
+    size = args.size, args.height
+    chosen = [next(f for f in frames if f.style == style)
+              for style in sorted({f.style for f in frames})][:count]
+    maps = [pix2pixsc.coloured(pix2pixsc.F(f.label, args, size), args) for f in chosen]
+    columns = {"x": torch.stack([torch.ones_like(maps[0]), *maps])}
+    for i, exemplar in enumerate(chosen):
+        y_hat = pix2pixsc.translated(G, [(f, exemplar) for f in chosen], args, device)
+        columns[f"I {i}"] = torch.cat([pix2pixsc.picture(exemplar.image, size)[None], y_hat])
+    save(args, "matrix", columns)
 
 
 # ---- SEGIN ---------------------------------------------------------------------------------------
@@ -389,6 +412,7 @@ FIGURES = {  # (script, figure): function of that script's flags
     ("cut", "similarity"): cut_similarity,
     ("cut", "coats"): cut_coats,
     ("spade", "uniform"): spade_uniform,
+    ("pix2pixsc", "matrix"): pix2pixsc_matrix,
     ("segin", "match"): segin_match,
     ("swapae", "grid"): swapae_grid,
     ("swapae", "interpolate"): swapae_interpolate,

@@ -248,14 +248,16 @@ def spade_encoder(state, path):
 
 
 def pix2pixsc(state, path, args):
-    """latest_net_G.pth for --label-kind -> G. With ids, args.labels is set to what the file has."""
-    from pix2pixsc import Generator, label_channels
+    """latest_net_G.pth for --label-kind -> G; args.labels is set to what the file has (23: poses).
+    """
+    from pix2pixsc import FACE_CURVES, Generator
 
     with expecting(path, "neither a checkpoint of pix2pixsc.py nor a generator of the authors "
                          f"(latest_net_G.pth) for --label-kind {args.label_kind}"):
         width, channels = state["model.1.weight"].shape[:2]
         blocks = sum(k.endswith("conv_block.1.weight") for k in state)
         downs = (len(state) - 4 - 4 * blocks) // 4
-        if args.label_kind == "ids":
-            args.labels = (channels - 3) // 2
-        return fill_by_order(Generator(label_channels(args), width, downs, blocks), state.values())
+        args.labels = (channels - 3) // 2
+        if args.label_kind == "landmarks" and args.labels != 1 + len(FACE_CURVES):
+            raise ValueError("not the faces' generator")
+        return fill_by_order(Generator(args.labels, width, downs, blocks), state.values())

@@ -114,6 +114,21 @@ TABLES = {
         claims=[("3/4", "1/8", "larger patches bring the texture closer"),
                 ("1/8", "3/4", "larger patches change more of the structure", "outline error"),
                 ("1/4 (default)", "without D_patch", "D_patch makes the code mean texture")]),
+    "pix2pixsc.tab4": Table(
+        "pix2pixsc", "Tab. 4, and the baseline of Tab. 1 (paper: sketch -> face)",
+        score="style error", flags=["--steps", "1000"],
+        rows=[Row("pix2pixSC", paper={"FID": 31.26}),
+              Row("w/o adaptive weights", "not_adaptive", paper={"FID": 35.59}),
+              Row("w/o L_SCAdv", "no_L_SCAdv", paper={"FID": 58.08}),
+              Row("w/o L_SC", "no_L_SC", paper={"FID": 76.59}),
+              Row("pix2pixHD", "pix2pixHD", paper={"FID": 39.86})],
+        claims=[("pix2pixSC", "w/o adaptive weights", "adaptive weights improve style"),
+                ("pix2pixSC", "w/o L_SCAdv", "without L_SCAdv the style is not maintained"),
+                ("pix2pixSC", "w/o L_SC", "without L_SC the content is lost",
+                 "detail correlation"),
+                ("pix2pixSC", "pix2pixHD", "pix2pixHD does not keep the exemplar's style"),
+                ("pix2pixHD", "pix2pixSC", "but it keeps the labels best",
+                 "detail correlation")]),
 }
 
 

@@ -1,5 +1,6 @@
 """The toy world: deterministic, unpaired, with true answers, and scores that no painter wins."""
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -694,6 +695,43 @@ def test_clip_style_error_tells_the_truth_from_trivial_answers(tmp_path):
     assert toy.clip_style_error(label, truth, truth) == 0
     for answer in (own, exemplar, np.broadcast_to(truth.mean((2, 3), keepdims=True), truth.shape)):
         assert toy.clip_style_error(label, answer, truth) > 15
+
+
+def test_clip_details_and_style_against_loops():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (2, 6, 7))
+    labels[0, 0, :4] = 5  # too few pixels to count in the style error
+    a, b = rng.uniform(-1, 1, (2, 2, 3, 6, 7))
+    errors, correlations = [], []
+    for n in range(2):
+        of_a, of_b = [], []
+        for i, c in itertools.product(np.unique(labels[n]), range(3)):
+            one, other = (p[n, c][labels[n] == i] for p in (a, b))
+            if i < 3:
+                errors.append(abs(one.mean() - other.mean()) + abs(one.std() - other.std()))
+            of_a.extend(one - one.mean())
+            of_b.extend(other - other.mean())
+        correlations.append(np.corrcoef(of_a, of_b)[0, 1])
+    assert toy.clip_style_error(labels, a, b) == pytest.approx(127.5 * np.mean(errors))
+    assert toy.clip_style_error(labels, b, b) == 0
+    assert clips.clip_details(labels, a, b) == pytest.approx(np.mean(correlations))
+
+
+def test_clip_painters():
+    """Each label's colours from the exemplar: mean, deviation, slope; its places, stretched."""
+    rows = np.linspace(-0.5, 0.5, 8)[:, None].repeat(8, 1)
+    exemplar = np.stack([rows, 0 * rows, rows.T])[None]  # a slope down, none, one across
+    ids = np.zeros((1, 8, 8), int)
+    ids[:, :, 6:] = 1                                                       # what it does not have
+    z = np.stack([rows * 0 + 0.25] * 3)[None]
+    answers = {name: clips.painted(ids, np.zeros((1, 8, 8), int), exemplar, z, fill)[0]
+               for name, fill in clips.PAINTERS.items()}
+    for painted in answers.values():
+        assert np.allclose(painted[:, :, 6:], 0.25)
+    assert np.allclose(answers["each label's mean colour"][:, :, :6], 0)
+    assert np.allclose(np.abs(answers["and noise"][0, :, :6]), rows.std())
+    assert np.allclose(answers["and slope"][0, :, :6], rows[:, :6])
+    assert np.allclose(answers["each label, stretched"][2, :, 5], 0.5)
 
 
 def test_scores_of_val_are_those_of_val(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .disk import STAMP, contact_sheet
-from .scoring import GREY_LEVELS
+from .scoring import GREY_LEVELS, score
 from .world import (
     DAYLIGHT,
     LABELS,
@@ -158,6 +158,86 @@ def clip_answer(folder, x, exemplar, split="test"):
     of_x, of_exemplar = (sample_clip(np.random.default_rng([stamp["seed"], STREAMS[split], int(c)]))
                          for c in (Path(x).parts[0], Path(exemplar).parts[0]))
     return clip_picture(of_x, int(Path(x).stem), stamp["size"], of_exemplar.style)
+
+
+def read(folder, split, names):
+    """(label maps (N, H, W) of ids, pictures (N, 3, H, W) in [-1, 1]) of frames of a split."""
+    def stack(kind):
+        return np.stack([np.asarray(Image.open(Path(folder, f"{split}_{kind}", f"{name}.png")))
+                         for name in names])
+    return stack("label"), as_pictures(stack("img"))
+
+
+def as_pictures(rgb):
+    """Bytes (N, H, W, 3) -> pictures (N, 3, H, W) in [-1, 1]."""
+    return np.moveaxis(np.asarray(rgb), 3, 1) / GREY_LEVELS - 1
+
+
+def clip_scores(folder, pairs, y_hat, split="test"):
+    """What y_hat (N, 3, H, W), pictures of `pairs` [(x, exemplar)] of frames, is worth.
+
+    Beside it stand painters that know what G is given, x, I and F(I), and each label's usual
+    colour: they match colours at will, but not what happens inside a label. So details come first.
+    """
+    (label, z), (F_I, exemplar) = (read(folder, split, names) for names in zip(*pairs, strict=True))
+    y = as_pictures([np.asarray(clip_answer(folder, *pair, split)) for pair in pairs])
+    answers = {"copy the exemplar": exemplar, "mean picture": np.broadcast_to(z.mean(0), z.shape)}
+    answers |= {name: painted(label, F_I, exemplar, z, fill) for name, fill in PAINTERS.items()}
+    return [score("detail correlation", lambda a: clip_details(label, a, y), y_hat, answers,
+                  "higher"),
+            score("style error", lambda a: clip_style_error(label, a, y), y_hat,
+                  answers | {"z, in its own style": z}),
+            score("picture error", lambda a: np.abs(a - y).mean() * GREY_LEVELS, y_hat,
+                  answers | {"z, in its own style": z})]
+
+
+def noisy(colours, _, to):
+    """The mean of colours (n, 3) for all of `to`, and noise of their deviation."""
+    signs = np.random.default_rng(len(to)).choice((-1.0, 1.0), (len(to), 1))
+    return colours.mean(0) + colours.std(0) * signs
+
+
+def sloping(colours, at, to):
+    """Colours (n, 3), at rows and columns (n, 2), as a straight slope from top to bottom."""
+    a, b = (np.stack([np.ones(len(p)), p[:, 0] - p[:, 0].mean()], 1) for p in (at, to))
+    return b @ np.linalg.lstsq(a, colours, rcond=None)[0]
+
+
+def stretched(colours, at, to):
+    """Colours (n, 3) of the places `at`, stretched over the box around `to`."""
+    a, b = ((p - p.min(0)) / np.maximum(np.ptp(p, 0), 1) for p in (at, to))
+    return colours[np.square(b[:, None] - a).sum(2).argmin(1)]
+
+
+PAINTERS = {"each label's mean colour": lambda colours, at, to: colours.mean(0),
+            "and noise": noisy, "and slope": sloping, "each label, stretched": stretched}
+
+
+def painted(label, exemplar_label, exemplar, z, fill):
+    """Label maps (N, H, W) painted label by label from its pixels in the exemplar, by one of the
+    PAINTERS; in a label's mean colour in all z where the exemplar has none of it. (N, 3, H, W)."""
+    usual = {i: np.moveaxis(z, 1, 3)[label == i].mean(0) for i in np.unique(label)}
+    found = np.zeros(z.shape)
+    for n, (ids, theirs) in enumerate(zip(label, exemplar_label, strict=True)):
+        for i in np.unique(ids):
+            here, there = ids == i, theirs == i
+            colours = usual[i] if not there.any() else fill(
+                exemplar[n][:, there].T, np.argwhere(there), np.argwhere(here))
+            found[n][:, here] = np.atleast_2d(colours).T  # (3, pixels) or (3, 1)
+    return found
+
+
+def clip_details(labels, y_hat, y):
+    """Do stripes, shading and clouds stand where they should? Correlation of y_hat and y when the
+    mean colour of every label of each picture is taken away; the mean over pictures."""
+    found = []
+    for label, a, b in zip(*(np.asarray(v, dtype=float) for v in (labels, y_hat, y)), strict=True):
+        a, b = a.copy(), b.copy()
+        for i in np.unique(label):
+            for v in (a, b):
+                v[:, label == i] -= v[:, label == i].mean(1, keepdims=True)
+        found.append((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum() + 1e-12))
+    return float(np.mean(found))
 
 
 def clip_style_error(labels, y_hat, y):

@@ -1,0 +1,60 @@
+"""lab/exemplars.py: the scores of pictures painted after exemplars."""
+# ruff: noqa: E741 (I is the paper's name for the exemplar)
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pix2pixsc as sc
+from lab import exemplars
+
+
+def test_accuracies_against_loops():
+    rng = np.random.default_rng(0)
+    truth, found = rng.integers(0, 5, (2, 3, 8, 9))
+    truth[truth == 2] = -1  # unlabelled; but found in places: pixels that do not count
+    found[found == 4] = truth[truth == 4] = 1  # class 4: in neither
+    truth[truth == 3] = 0   # class 3 is only hallucinated: IoU 0
+    t, f = truth.ravel(), found.ravel()
+    known = t >= 0
+    iou = [((f == c) & (t == c) & known).sum() / ((((f == c) | (t == c)) & known).sum())
+           for c in (0, 1, 2, 3)]
+    assert iou[2] == iou[3] == 0
+    recall = [((f == c) & (t == c)).sum() / (t == c).sum() for c in (0, 1)]
+    assert exemplars.accuracies(*map(torch.tensor, (found, truth)), 5) == {
+        "per-pixel accuracy": pytest.approx(((f == t) & known).sum() / known.sum()),
+        "per-class accuracy": pytest.approx(np.mean(recall)), "class IoU": pytest.approx(
+            np.mean(iou))}
+
+
+def test_style_of_pictures_that_follow_their_exemplars_or_not():
+    level = torch.linspace(-0.8, 0.8, 4).repeat_interleave(3).view(12, 1, 1, 1)
+    I, styles = level + 0.02 * torch.randn(12, 3, 8, 8), [str(i // 3) for i in range(12)]
+    light, nearest = exemplars.style(level + 0.02 * torch.randn(12, 3, 8, 8), I, styles).values()
+    assert light > 0.99 and nearest == 1
+    light, nearest = exemplars.style(I.roll(6, 0), I, styles).values()
+    assert light < 0 and nearest == 0
+
+
+def test_faces_are_scored_by_eyes_and_endpoints(tmp_path):
+    """Tab. 5 and 2: a change at an eye counts, elsewhere not; points that are 0.05 off."""
+    rng = np.random.default_rng(0)
+    table = np.concatenate([[[64, 64]], rng.uniform(20, 44, (68, 2))])
+    np.savetxt(tmp_path / "x.txt", table)
+    eye = [int(v) for v in table[37:43].mean(0)]
+    table[1:] += [0.03 * 64, 0.04 * 64]
+    np.savetxt(tmp_path / "00000.txt", table)
+    picture = tmp_path / "x.png"
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
+    pairs = [(sc.Frame("x", picture, tmp_path / "x.txt", "x"),) * 2]
+    I = sc.picture(picture, (64, 64))[None]
+    elsewhere, at_eye = I.clone(), I.clone()
+    elsewhere[:, :, :10] = 0                                                # the top is no eye
+    at_eye[:, :, eye[1], eye[0]] += 1
+    args = sc.get_args(["--data", ".", "--label-kind", "landmarks", "--size", "64",
+                        "--height", "64", "--vgg", "random"])
+    for y_hat, changed in ((I, False), (elsewhere, False), (at_eye, True)):
+        *_, eyes, endpoints = exemplars.scores(pairs, y_hat, I, [], args, None, tmp_path)
+        assert eyes["name"] == "VGG distance of eyes (random)" and (eyes["value"] > 0) is changed
+        assert endpoints["value"] == pytest.approx(0.05, rel=1e-3)
