@@ -8,7 +8,9 @@
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -20,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # ==== 1. Blocks shared by several papers ======================================================
@@ -203,32 +206,54 @@ def init_weights(net, scheme="normal", gain=0.02):
 
 # ==== 2. Pictures =============================================================================
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+Image.init()
+SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+GREY = None  # --range: black and white of pictures with more than 8 bits of grey
+SAID = set()
 UNPAIRED = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
 
 
-def opened(path):
-    """A picture file, decoded, as `PIL.Image`; `UserError` with its name if that fails."""
+def remark(kind, text):
+    """Print a text, unless one of its kind was printed before."""
+    if kind not in SAID:
+        SAID.add(kind)
+        print(text, file=sys.stderr)
+
+
+def opened(path, size_only=False):
+    """A picture file as an upright `PIL.Image`, or the (width, height) that it has when upright,
+    which needs no decoding; `UserError` with its name if that fails."""
     try:
         with Image.open(path) as im:
+            turn = im.getexif().get(274)  # how the camera was held
+            if size_only:
+                return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
             im.load()
-            return im
+            return im.transpose(TURNS[turn]) if turn in TURNS else im
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise a dozen types
         raise UserError(f"{path}: not a readable picture ({error})") from None
 
 
 def open_rgb(path):
     """Any picture Pillow can read -> upright 8-bit RGB `PIL.Image`, on white where transparent.
 
-    Integer grey is divided by 65535; float grey is taken as [0, 1], or [0, 255] if it exceeds 1.
+    More than 8 bits of grey: --range is black and white; otherwise 0 and, for integers, 65535, for
+    floats 1, or 255 if any exceeds 1. Not-a-number is black.
     """
-    im = ImageOps.exif_transpose(opened(path))
-    if im.mode[0] in "IF":  # more than 8 bits of grey
+    im = opened(path)
+    if im.mode[0] in "IF":
         grey = np.asarray(im).astype(np.float64)
-        white = 65535 if im.mode[0] == "I" else 255 if grey.max() > 1 else 1
-        im = Image.fromarray((grey / white * 255).clip(0, 255).round().astype(np.uint8))
+        low, high = np.nanmin(grey), np.nanmax(grey)
+        black, white = GREY or (0, 65535 if im.mode[0] == "I" else 255 if high > 1 else 1)
+        grey = np.nan_to_num((grey - black) / (white - black) * 255).clip(0, 255).round()
+        if len(np.unique(grey)) < 64 or ((grey > 0) & (grey < 255)).mean() < 0.5:
+            remark("grey", f"{path}: values from {low:g} to {high:g}, of which {black:g} is shown "
+                           f"black and {white:g} white; --range LOW HIGH sets that for all")
+        im = Image.fromarray(grey.astype(np.uint8))
     if im.has_transparency_data:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -240,11 +265,20 @@ def open_ids(path, otherwise=""):
 
     otherwise: what to do with a picture of colours instead, the end of its `UserError`.
     """
+    if Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".jpe"):
+        raise UserError(f"{path}: JPEG changes ids, save label maps as PNG")
     im = opened(path)
     if im.mode not in ("P", "L", "1") and im.mode[0] != "I":
         raise UserError(f"{path}: expected a map of ids with one channel, found {im.mode} pixels"
                         + otherwise)
     return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
+
+
+def check_same_size(picture, ids):
+    """`UserError` if a picture and its map of ids are not of one size, as seen upright."""
+    a, b = opened(picture, size_only=True), opened(ids, size_only=True)
+    if a != b:
+        raise UserError(f"{ids}: {b[0]}x{b[1]} pixels, but {picture} has {a[0]}x{a[1]}")
 
 
 def to_tensor(im):
@@ -259,16 +293,32 @@ def to_pil(x):
 
 
 def list_pictures(path):
-    """Sorted picture files of a folder, or [path] for a file; `UserError` if there are none."""
+    """Sorted picture files of a folder, or [path] for a file; `UserError` if there are none.
+
+    Names that begin with a dot are left out, and what Pillow cannot read; one line counts these.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+    every = sorted(f for f in path.iterdir() if f.name[0] != "." and f.is_file())
+    files = [f for f in every if f.suffix.lower() in SUFFIXES]
     if not files:
-        raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{path}: no pictures in this folder (PNG, JPEG or what Pillow reads)")
+    if others := Counter(f.suffix or f.name for f in every if f.suffix.lower() not in SUFFIXES):
+        remark(path, f"{path}: left out " + ", ".join(f"{n} {s}" for s, n in others.items()))
     return files
+
+
+def by_name(files, root=None):
+    """{name without suffix, or path below root: file}; `UserError` if two files have one name."""
+    named = {}
+    for f in files:
+        key = f.relative_to(root).with_suffix("").as_posix() if root else f.stem
+        if named.setdefault(key, f) != f:
+            raise UserError(f"{f} and {named[key]}: two files of one name")
+    return named
 
 
 def find_split(root, split, side, layout=UNPAIRED):
@@ -312,19 +362,22 @@ def same_size(net, x, multiple):
 def translate_files(source, out, net):
     """Write net((1, 3, H, W)) of a picture, or of each picture of a folder, to out/NAME.png."""
     files, out = list_pictures(source), Path(out)
-    stems = Counter(f.stem for f in files)
+    stems, broken = Counter(f.stem for f in files), []
     for f in tqdm(files, disable=len(files) == 1):
         name = f.stem if stems[f.stem] == 1 else f.name  # a.jpg and a.png must not collide
         target = out / f"{name}.png"
         if target.resolve() == f.resolve():
             raise UserError(f"--out {out}: {f} would be overwritten, choose another folder")
-        picture = to_pil(net(to_tensor(open_rgb(f))[None])[0])
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_whole(target, partial(picture.save, format="PNG"))
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot write there ({error})") from None
-    print(f"{len(files)} translated: {target if len(files) == 1 else out}")
+            x = to_tensor(open_rgb(f))[None]
+        except UserError as error:  # the others shall not wait for this one
+            broken.append(error)
+            continue
+        write_whole(target, partial(to_pil(net(x)[0]).save, format="PNG"))
+    if len(files) > len(broken):
+        print(f"{len(files) - len(broken)} translated: {target if len(files) == 1 else out}")
+    if broken:
+        raise UserError(f"{len(broken)} of {len(files)} not translated: {broken[0]}")
 
 
 def save_grid(path, columns):
@@ -340,22 +393,28 @@ def save_grid(path, columns):
         for r, picture in enumerate(pictures):
             tile = to_pil(picture).resize((w, h), Image.NEAREST)
             sheet.paste(tile, (left, bar + 2 + r * (h + 4)))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, partial(sheet.save, format="PNG"))
 
 
 def write_whole(path, content):
     """Write a text, or what the function content(file) writes: a crash leaves the old file or the
-    new one, never half of it."""
+    new one, never half of it; `UserError` if the disk is full or the folder cannot be written."""
     scratch = Path(f"{path}.tmp")
-    with open(scratch, "wb") as f:
-        if isinstance(content, str):
-            f.write(content.encode())
-        else:
-            content(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(scratch, path)
+    try:
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, "wb") as f:
+            if isinstance(content, str):
+                f.write(content.encode())
+            else:
+                content(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        raise UserError(f"--out {scratch.parent}: cannot write there ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 # ==== 3. Data sets ============================================================================
@@ -409,6 +468,8 @@ def download(addresses, folder):
                 torch.hub.download_url_to_file(address, str(archive))
                 safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # tar: no links out
                 shutil.unpack_archive(archive, files, **safe)
+                if not any(f.suffix.lower() in SUFFIXES for f in files.rglob("*")):
+                    raise OSError("no pictures in it")
                 inside = list(files.iterdir())
                 single = len(inside) == 1 and inside[0].is_dir()
                 return (inside[0] if single else files).rename(folder)
@@ -446,6 +507,11 @@ def entry(main):
         sys.exit(130)
     except UserError as error:  # a data-loader worker wraps it in a traceback: keep the last line
         message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+    except BrokenPipeError:  # who read the output is gone, as after `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        message = str(error)
     except (MemoryError, RuntimeError) as error:  # CUDA, MPS and the CPU say it each in its way
         known = re.search("out of memory|not enough memory|allocate memory", str(error))
         if not known and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -458,16 +524,37 @@ def entry(main):
     sys.exit(2)
 
 
+def number(kind, low, high):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:  # false for not-a-number, too
+            raise ValueError
+        return kind(text)
+    parse.__name__ = f"number from {low:g} to {high:g}"
+    return parse
+
+
+count, natural = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
+amount, share = number(float, 0, 1e6), number(float, 0, 1)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def base_parser(doc):
     """ArgumentParser with the flags that every script spells alike; `doc` is its docstring."""
-    p = argparse.ArgumentParser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="toy", help="'toy', a folder, or a known data set's name")
     add("--out", help="run folder (runs/METHOD-DATA if not given), or that of translated pictures")
-    add("--seed", type=int, default=0, help="seed of weights, data order and sampling")
+    add("--seed", type=natural, default=0, help="seed of weights, data order and sampling")
     add("--device", help="cuda, mps or cpu (the first of these that is there)")
-    add("--workers", type=int, default=4, help="processes that read pictures")
+    add("--workers", type=number(int, 0, 256), default=4, help="processes that read pictures")
     add("--amp", action=switch, default=False, help="bfloat16 autocast; losses stay float32")
     add("--compile", action=switch, default=False, help="torch.compile the networks")
     add("--channels-last", action=switch, help="NHWC memory (a GPU: yes; CPU: where faster)")
@@ -476,8 +563,10 @@ def base_parser(doc):
     add("--translate", metavar="PATH", help="translate a picture or a folder of them")
     add("--evaluate", action=switch, default=False, help="compute the paper's metric")
     add("--split", choices=["test", "val"], default="test", help="pictures that are scored")
-    add("--log-every", type=int, default=20, help="steps between rows of log.csv")
-    add("--sample-every", type=int, default=1000, help="steps between sample grids")
+    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="black and white of pictures with more than 8 bits of grey")
+    add("--log-every", type=count, default=20, help="steps between rows of log.csv")
+    add("--sample-every", type=count, default=1000, help="steps between sample grids")
     return p
 
 
@@ -497,16 +586,40 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
             raise UserError(f"--resume: no checkpoint at {saved}; start without --resume")
     if saved:
         config = load_checkpoint(saved, method, foreign=True).get("config", {})
-        fixed = {"resume", "weights", "translate", "evaluate", "out", "device", "channels_last"}
-        p.set_defaults(**{k: v for k, v in config.items() if k in vars(rough) and k not in fixed})
+        p.set_defaults(**saved_flags(p, config, saved, own=rough.resume))
     args = p.parse_args(argv)
-    for name in ("batch", "steps", "epochs", "log_every", "sample_every"):
+    for name in ("batch", "steps", "epochs"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.range and not args.range[0] < args.range[1]:
+        raise UserError("--range {:g} {:g}: a smaller and a larger value".format(*args.range))
+    globals()["GREY"] = args.range
     if args.channels_last is None:
         args.channels_last = channels_last or pick_device(args.device).type != "cpu"
     args.run_folder = args.out or str(Path("runs", run_name(args)))
     return args
+
+
+def saved_flags(p, config, source, own):
+    """The flags of a checkpoint that shape networks and data, {dest: value}, each through the
+    parser's own type and choices; own: of the run itself, so that its paths may be trusted."""
+    fixed = {"help", "resume", "weights", "translate", "evaluate", "out", "device", "workers",
+             "compile", "channels_last"}
+    found = {}
+    for action in p._actions:
+        value, path = config.get(action.dest), action.metavar in ("FILE", "PATH", "FOLDER", "DIR")
+        if action.dest in fixed or value is None or (path and not own) or (
+                action.dest == "data" and not own and Path(str(value)).name != value):
+            continue
+        words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            if isinstance(action, argparse.BooleanOptionalAction):
+                words = [f"--no{action.option_strings[0][1:]}"] if value is False else []
+            found[action.dest] = getattr(p.parse_known_args(
+                [action.option_strings[0], *words][value is False:])[0], action.dest)
+            continue
+        raise UserError(f"{source}: holds {action.option_strings[0]} {' '.join(words)[:60]}")
+    return found
 
 
 # ==== 5. Run: the run folder and everything that is not the method ============================
@@ -515,12 +628,25 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
 def load_file(path):
     """`torch.load` on the CPU with `weights_only=True`; `UserError` if that is not possible."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and 2 * os.path.getsize(path) + 2**20 < sum(
+                member.file_size for member in zipfile.ZipFile(path).infolist()):
+            raise UserError(f"{path}: a compressed archive, not a file that torch.save wrote")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a broken file can raise anything
+        hint = "; convert safetensors with torch.save" if Path(path).suffix != ".pt" else ""
         raise UserError(f"{path}: truncated, or not a file that can be loaded safely "
-                        f"({type(error).__name__})") from None
+                        f"({type(error).__name__}{hint})") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # as training frameworks wrap it
+    if isinstance(state, dict) and all(isinstance(key, str) for key in state):
+        for prefix in ("module.", "_orig_mod."):  # DataParallel's and torch.compile's
+            if state and all(key.startswith(prefix) for key in state):
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def load_checkpoint(path, method, foreign=False):
@@ -535,6 +661,10 @@ def load_checkpoint(path, method, foreign=False):
         raise UserError(f"{path}: not a checkpoint of {method}.py")
     if state["method"] != method:
         raise UserError(f"{path}: written by {state['method']}.py, not by {method}.py")
+    for name, kind in {"config": dict, "parts": dict, "step": int, "seconds": float,
+                       "sums": dict}.items():
+        if not isinstance(state.get(name), kind):
+            raise UserError(f"{path}: damaged, its {name!r} is no {kind.__name__}")
     return state
 
 
@@ -542,10 +672,28 @@ def load_parts(parts, states, path):
     """Fill {name: module or optimiser} from the state dicts of a checkpoint; `UserError`."""
     for name, part in parts.items():
         try:
-            part.load_state_dict(states[name])
+            state = states[name]
+            if isinstance(part, torch.optim.Optimizer):
+                state = checked_state(part, state)
+            elif any(t.is_floating_point() and not t.isfinite().all() for t in state.values()):
+                raise ValueError("weights that are not finite")
+            part.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: {name} does not fit the flags ({reason[:160]})") from None
+
+
+def checked_state(optimiser, given):
+    """What of a file's state may go into an optimiser: averages of the parameters' shapes, which
+    `load_state_dict` does not check, and a fused Adam would read past their end; `ValueError`."""
+    own = optimiser.state_dict()
+    if [g["params"] for g in given["param_groups"]] != [g["params"] for g in own["param_groups"]]:
+        raise ValueError("another number of parameters")
+    for i, p in enumerate(p for group in optimiser.param_groups for p in group["params"]):
+        for key, average in given["state"].get(i, {}).items():
+            if average.numel() != 1 if key == "step" else average.shape != p.shape:
+                raise ValueError(f"{key} of parameter {i} has the shape {tuple(average.shape)}")
+    return {"state": given["state"], "param_groups": own["param_groups"]}
 
 
 def pick_device(name=None):
@@ -567,11 +715,31 @@ def mix(*numbers):
 STOPS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
-def ignore_stops(_):
+def start_worker(grey, _):
     """Leave Ctrl-C to the main process, which finishes its step with the workers alive."""
+    globals()["GREY"] = grey
     for stop in STOPS:
         if stop != signal.SIGTERM:  # the one by which the main process ends a worker
             signal.signal(stop, signal.SIG_IGN)
+
+
+def locked(folder):
+    """An open file that no other process can lock before this one ends; `UserError` if one has."""
+    file = open(folder / "lock", "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"--out {folder}: another run is writing there") from None
+    return file
+
+
+OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html", "result.json",
+             "last.pt.tmp", "config.json.tmp", "log.csv.tmp", "index.html.tmp", "result.json.tmp"}
 
 
 class Run:
@@ -620,12 +788,21 @@ class Run:
             self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
         if self.rank == 0:
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = locked(self.folder)
+                others = sorted({f.name for f in self.folder.iterdir()} - OWN_FILES)
+                if others and not last.exists():
+                    raise UserError(f"--out {self.folder}: holds files that are not a run's "
+                                    f"({others[0]}), choose a new or empty folder")
                 if last.exists() and not self.args.resume:
+                    self.lock.close()
                     names = (f"{self.folder.name}.{n}" for n in itertools.count(1))
                     kept = next(k for k in map(self.folder.with_name, names) if not k.exists())
                     self.folder.rename(kept)
                     print(f"the run that was in {self.folder} is kept in {kept}")
-                (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+                    self.folder.mkdir()
+                    self.lock = locked(self.folder)
+                (self.folder / "samples").mkdir(exist_ok=True)
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
                 log = self.folder / "log.csv"
                 if log.exists() and log.stat().st_size:  # drop what the checkpoint lacks
@@ -647,8 +824,13 @@ class Run:
             g.copy_(mean.view_as(g))
 
     def save(self):
-        """Write last.pt; `UserError`, and the old one stays, if the weights may be spoilt."""
+        """Write last.pt; `UserError`, and the old one stays, if the weights are spoilt."""
         self._means()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all()
+                                                       for p in part.parameters()):
+                raise UserError(f"{name} is not finite at step {self.step}: lower --lr, or leave "
+                                f"out --amp; {self.folder / 'last.pt'} is from before")
         if self.rank == 0:
             state = {"method": self.method, "config": self.config, "chance": self.chance,
                      "step": self.step, "seconds": self.seconds, "sums": self.sums,
@@ -675,7 +857,7 @@ class Run:
         starts = range(self.step * group + self.rank * batch, total * group, group)
         loader = torch.utils.data.DataLoader(
             dataset, batch_sampler=(range(n, n + batch) for n in starts),
-            num_workers=self.args.workers, worker_init_fn=ignore_stops,
+            num_workers=self.args.workers, worker_init_fn=partial(start_worker, GREY),
             pin_memory=self.device.type == "cuda")
         self.bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step",
                         mininterval=0.2 if sys.stderr.isatty() else 20, dynamic_ncols=True)
@@ -685,7 +867,10 @@ class Run:
         start = self.saved - self.seconds
         layouts = {4: torch.channels_last} if self.args.channels_last else {}
         try:
-            for tensors in loader:
+            batches = iter(loader)
+            if self.args.workers and hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker: not amid a step
+            for tensors in batches:
                 torch.manual_seed(mix(self.args.seed, self.step, self.rank))
                 yield self.step, [t.to(self.device, non_blocking=True, memory_format=layouts.get(
                     t.dim(), torch.preserve_format)) for t in tensors]
@@ -701,8 +886,11 @@ class Run:
                     print(f"\nstopped at step {self.step} of {total}; the same command with "
                           "--resume goes on", file=sys.stderr)
                     raise KeyboardInterrupt
-        except UserError:  # an unreadable picture, met between two steps: keep the rest
+        except Exception as error:  # an unreadable picture, a full disk, ...: between two steps
             self.save()
+            if "DataLoader worker" in str(error) and not isinstance(error, UserError):
+                raise UserError(f"--workers {self.args.workers}: a process that reads pictures was "
+                                "killed (out of memory?); --resume goes on") from None
             raise
         finally:
             self.bar.close()
@@ -735,11 +923,14 @@ class Run:
         texts.append(f"| {self.step * group / self.seconds:.3g} pictures/s")
         self.bar.set_postfix_str(" ".join(texts), refresh=False)
         if self.rank == 0:
-            with open(self.folder / "log.csv", "a", encoding="utf-8") as f:
-                if f.tell() == 0:
-                    print("step", *means, "seconds", sep=",", file=f)
-                values = [f"{value:.6g}" for value in means.values()]
-                print(self.step, *values, f"{self.seconds:.2f}", sep=",", file=f)
+            values = [f"{value:.6g}" for value in means.values()]
+            try:
+                with open(self.folder / "log.csv", "a", encoding="utf-8") as f:
+                    if f.tell() == 0:
+                        print("step", *means, "seconds", sep=",", file=f)
+                    print(self.step, *values, f"{self.seconds:.2f}", sep=",", file=f)
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: cannot write there ({error})") from None
 
     def save_samples(self, columns):
         """Write last.pt, samples/step_NNNNNN.png ({label: (N, 3, H, W)}) and index.html."""

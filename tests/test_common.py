@@ -366,13 +366,13 @@ def test_ids_keep_their_values_in_every_one_channel_format(tmp_path):
 
 @pytest.mark.parametrize("read", [common.open_rgb, common.open_ids])
 def test_files_that_are_no_pictures_are_named(tmp_path, read):
-    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     grey = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    whole = save(tmp_path / "whole.jpg", grey, "L").read_bytes()
-    (tmp_path / "short.jpg").write_bytes(whole[:len(whole) // 2])
-    for name, why in (("text.jpg", "not a readable picture"), ("absent.png", "no such file"),
-                      ("short.jpg", "truncated"), ("empty.png", "not a readable picture")):
+    whole = save(tmp_path / "whole.png", grey, "L").read_bytes()
+    (tmp_path / "short.png").write_bytes(whole[:len(whole) // 2])
+    for name, why in (("text.png", "not a readable picture"), ("absent.png", "no such file"),
+                      ("short.png", "truncated"), ("empty.png", "not a readable picture")):
         with pytest.raises(UserError, match=f"{name}.*{why}") as caught:
             read(tmp_path / name)
         assert len(str(caught.value).splitlines()) == 1
@@ -485,9 +485,9 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
         file.flush()
         assert (tmp_path / "a").read_bytes() == "früher\n".encode()
         raise OSError("full")
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot write there .full"):
         common.write_whole(tmp_path / "a", crash)
-    assert (tmp_path / "a").read_bytes() == "früher\n".encode()
+    assert (tmp_path / "a").read_bytes() == "früher\n".encode() and not list(tmp_path.glob("*.tmp"))
     common.write_whole(tmp_path / "a", lambda file: file.write(b"new"))
     assert (tmp_path / "a").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
@@ -716,13 +716,15 @@ def test_channels_last_is_the_methods_choice_on_the_cpu_alone(monkeypatch):
 
 
 def test_flags_that_are_refused(capsys):
-    for wrong in (["--widht", "3"], ["--widt", "3"], ["--split", "train"]):
+    for wrong in (["--widht", "3"], ["--widt", "3"], ["--split", "train"], ["--log-every", "0"],
+                  ["--sample-every", "1e9"], ["--seed", "-1"], ["--seed", "9" * 20],
+                  ["--workers", "-1"], ["--workers", "x"], ["--range", "1"]):
         with pytest.raises(SystemExit) as stop:
             flags(*wrong)
-        assert stop.value.code == 2 and wrong[0] in capsys.readouterr().err
-    for name in ("--log-every", "--sample-every"):
-        with pytest.raises(UserError, match=f"{name} 0: .*at least 1"):
-            flags(name, "0")
+        assert stop.value.code == 2
+        assert len(lines := capsys.readouterr().err.splitlines()) == 1 and wrong[0] in lines[0]
+    with pytest.raises(UserError, match="--range 2 1: a smaller and a larger"):
+        flags("--range", "2", "1")
 
 
 @pytest.mark.parametrize("error, code, text", [

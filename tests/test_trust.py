@@ -1,0 +1,285 @@
+"""Nothing wrong let in, nothing lost: odd pictures, damaged checkpoints, full disks, dead workers.
+
+Kinds of mistakes that users of image-to-image repositories meet; each is mended once, in common.py.
+"""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_common as t
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import common
+from common import UserError
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(common, "SAID", set())
+    monkeypatch.setattr(common, "GREY", None)
+
+
+def stored(path, array, turn=None, **how):
+    exif = Image.Exif()
+    if turn:
+        exif[274] = turn
+    Image.fromarray(array).save(path, exif=exif, **how)
+    return path
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_maps_and_sizes_are_seen_upright(tmp_path, turn):
+    ids = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    upright = {1: ids, 2: ids[:, ::-1], 3: ids[::-1, ::-1], 4: ids[::-1], 5: ids.T,
+               6: np.rot90(ids, -1), 7: ids[::-1, ::-1].T, 8: np.rot90(ids)}[turn]
+    path = stored(tmp_path / "a.png", ids, turn)
+    assert np.array_equal(common.open_ids(path), upright)
+    assert np.array_equal(np.asarray(common.open_rgb(path))[..., 0], upright)
+    assert common.opened(path, size_only=True) == upright.shape[::-1]
+    other = stored(tmp_path / "b.png", np.zeros(upright.shape, np.uint8))
+    common.check_same_size(path, other)
+    wrong = stored(tmp_path / "c.png", np.zeros(upright.T.shape, np.uint8))
+    with pytest.raises(UserError, match=r"c\.png: .x. pixels, but .*a\.png has "):
+        common.check_same_size(path, wrong)
+
+
+def test_jpeg_label_maps_and_second_names_are_refused(tmp_path):
+    stored(tmp_path / "0.jpg", np.zeros((8, 8), np.uint8))
+    with pytest.raises(UserError, match="0.jpg: JPEG changes ids"):
+        common.open_ids(tmp_path / "0.jpg")
+    files = [tmp_path / "a/0.png", tmp_path / "b/0.png", tmp_path / "b/0.jpg"]
+    assert common.by_name(files[:2], tmp_path) == {"a/0": files[0], "b/0": files[1]}
+    for some, root in ((files[:2], None), (files[1:], tmp_path)):
+        with pytest.raises(UserError, match="0.*0.*: two files of one name"):
+            common.by_name(some, root)
+
+
+def test_folders_are_listed_without_what_is_no_picture(tmp_path, capsys):
+    for name in ("b.png", "a.JPG", ".DS_Store", "._a.jpg", "Thumbs.db", "notes.txt", "more.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert [f.name for f in common.list_pictures(tmp_path)] == ["a.JPG", "b.png"]
+    common.list_pictures(tmp_path)
+    assert capsys.readouterr().err == f"{tmp_path}: left out 1 .db, 2 .txt\n"
+
+
+@pytest.mark.parametrize("values, said", [
+    (np.linspace(0, 4095, 3072).astype(np.uint16), True),       # 12 bits in 16: nearly black
+    (np.linspace(0, 3000, 3072).astype(np.float32), True),      # heights
+    (np.linspace(-1000, 2000, 3072).astype(np.int32), True),    # Hounsfield units
+    (np.linspace(0, 65535, 3072).astype(np.uint16), False), (np.linspace(0, 1, 3072), False)])
+def test_deep_greys_have_one_range_or_a_word_is_said(tmp_path, capsys, monkeypatch, values, said):
+    holes = values.astype(np.float32).reshape(48, 64)
+    path = tmp_path / "a.tif"
+    Image.fromarray(values.reshape(48, 64).astype("float32") if values.dtype == float
+                    else values.reshape(48, 64)).save(path)
+    common.open_rgb(path)
+    common.open_rgb(path)
+    assert capsys.readouterr().err.count("--range LOW HIGH sets") == said
+    monkeypatch.setattr(common, "GREY", (float(values.min()), float(values.max())))
+    grey = np.asarray(common.open_rgb(path))[..., 0]
+    assert grey.min() == 0 and grey.max() == 255 and len(np.unique(grey)) == 256
+    holes[0, :3] = np.nan
+    Image.fromarray(holes).save(path)
+    assert (np.asarray(common.open_rgb(path))[0, :3] == 0).all()
+
+
+def test_damaged_tags_are_no_obstacle(tmp_path):
+    ids = np.zeros((2, 3), np.uint8)
+    turn = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI", 282, 2, 4) + b"72 \0"  # a text
+    exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + turn + resolution + bytes(4)
+    Image.fromarray(ids).save(tmp_path / "a.jpg", exif=exif)
+    assert common.open_rgb(tmp_path / "a.jpg").size == (2, 3)
+
+
+def test_one_broken_picture_does_not_stop_the_others(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        stored(tmp_path / f"in/{i}.png", np.full((4, 4, 3), 60 * i, np.uint8))
+    (tmp_path / "in/1.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="1 of 3 not translated: .*1.png: not a readable picture"):
+        common.translate_files(tmp_path / "in", tmp_path / "out", lambda x: x)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+    assert capsys.readouterr().out.startswith("2 translated")
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 5}])
+def test_weights_as_others_wrap_them(tmp_path, wrap):
+    state = nn.Linear(2, 3).state_dict()
+    torch.save(wrap(state), tmp_path / "w.pth")
+    t.assert_same(common.load_file(tmp_path / "w.pth"), dict(state))
+
+
+def test_safetensors_are_named_and_compressed_archives_refused(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match="w.safetensors: .*convert safetensors"):
+        common.load_file(tmp_path / "w.safetensors")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("archive/data/0", bytes(9_000_000))
+    with pytest.raises(UserError, match="bomb.pt: a compressed archive"):
+        common.load_file(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("config", None), ("parts", [1]), ("step", None), ("step", "3"), ("seconds", "1"),
+    ("sums", None)])
+def test_damaged_fields_are_named(tmp_path, name, value):
+    path = t.write_checkpoint(tmp_path / "x.pt")
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {name: value}, path)
+    with pytest.raises(UserError, match=f"x.pt: damaged, its '{name}'"):
+        common.load_checkpoint(path, "method")
+
+
+def spoilt(change):
+    """A net with a used Adam, and its checkpoint after change(state of the optimiser)."""
+    net = nn.Linear(2, 3)
+    opt = torch.optim.Adam(net.parameters(), 0.1, fused=True)
+    net(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    state = opt.state_dict()
+    change(state)
+    return opt, state
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda s: s["state"][1].update(exp_avg_sq=torch.zeros(())),
+    lambda s: s["state"][0].update(step=torch.zeros(7)),
+    lambda s: s["state"][0].update(exp_avg=5),
+    lambda s: s["param_groups"][0].update(params=[0]),
+    lambda s: s.pop("state"), lambda s: s.update(param_groups=3)])
+def test_states_that_would_corrupt_memory_are_refused(change):
+    opt, state = spoilt(change)
+    with pytest.raises(UserError, match="x.pt: opt does not fit the flags"):
+        common.load_parts({"opt": opt}, {"opt": state}, "x.pt")
+
+
+def test_a_file_does_not_choose_the_rates():
+    opt, state = spoilt(lambda s: s["param_groups"][0].update(lr=1e9, fused=None))
+    common.load_parts({"opt": opt}, {"opt": state}, "x.pt")
+    assert opt.param_groups[0]["lr"] == 0.1 and opt.param_groups[0]["fused"] is True
+
+
+def test_weights_that_are_not_finite_are_refused():
+    net = nn.Linear(2, 3)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    state["bias"][1] = torch.nan
+    with pytest.raises(UserError, match="x.pt: G does not fit .*not finite"):
+        common.load_parts({"G": net}, {"G": state}, "x.pt")
+
+
+def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
+    def spoil(run):
+        if run.step == 9:
+            run.parts["G"].weight.data[0, 0] = torch.inf
+    with pytest.raises(UserError, match="G is not finite at step 10: lower --lr"):
+        t.tiny_run(tmp_path / "r", 10, each=spoil)
+    assert t.states(tmp_path / "r")["step"] == 8
+
+
+def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
+    def parsed(own=False, **config):
+        p = common.base_parser("x")
+        p.add_argument("--mode", choices=["a", "b"], default="a", help="x")
+        p.add_argument("--layers", type=int, nargs="+", default=[1], help="x")
+        p.add_argument("--groups", metavar="FILE", help="x")
+        return common.saved_flags(p, config, "w.pt", own)
+    good = {"mode": "b", "layers": [2, 3], "amp": False, "seed": 5, "data": "maps"}
+    assert parsed(**good) == good
+    risky = {"groups": "/etc/x", "workers": 9, "compile": True, "out": "/x", "gone": 1}
+    assert parsed(**risky, data="/home/x") == {}
+    assert parsed(own=True, **risky, data="d/e") == {"groups": "/etc/x", "data": "d/e"}
+    for wrong in ({"mode": "c"}, {"layers": ["x"]}, {"seed": -1}, {"log_every": 0}):
+        with pytest.raises(UserError, match=f"w.pt: holds --{[*wrong][0].replace('_', '-')} "):
+            parsed(**wrong)
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_said_in_one_line_and_keeps_the_old_checkpoint(tmp_path, monkeypatch, call):
+    t.tiny_run(tmp_path / "r", 4)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(common.os, call, full)
+    with pytest.raises(UserError, match="--out .*r: cannot write there .*No space left"):
+        t.tiny_run(tmp_path / "r", 8, resume=True)
+    monkeypatch.undo()
+    assert t.states(tmp_path / "r")["step"] == 4 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_after_saving(tmp_path):
+    def remove(run):
+        if run.step == 3:
+            (tmp_path / "r/log.csv").mkdir()
+    with pytest.raises(UserError, match="--out .*r: cannot write there"):
+        t.tiny_run(tmp_path / "r", 9, each=remove, grid_every=0)
+    assert t.states(tmp_path / "r")["step"] == 5
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    (tmp_path / "style.css").write_text("mine")
+    with pytest.raises(UserError, match="holds files that are not a run's .style.css"):
+        t.tiny_run(tmp_path, 2)
+    assert (tmp_path / "index.html").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other locks")
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    (tmp_path / "r").mkdir()
+    code = ("import fcntl, sys; f = open('r/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=-1, stdout=-1) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="--out .*r: another run is writing there"):
+            t.tiny_run(tmp_path / "r", 2)
+        other.stdin.close()
+    t.tiny_run(tmp_path / "r", 2)  # the lock ends with its process
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="no such signal here")
+def test_a_dead_worker_is_said_in_one_line_after_saving(tmp_path):
+    process = t.start(tmp_path, """
+        import multiprocessing
+        def kill(run):
+            if run.step == 5:
+                [os.kill(w.pid, 7) for w in multiprocessing.active_children()]
+        t.common.entry(lambda: t.tiny_run("run", 40, t.Samples(seconds=0.05), kill, workers=1))
+    """)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("tiny.py: error: --workers 1: a process that reads")
+    assert t.states(tmp_path / "run")["step"] >= 6
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    root = str(Path(common.__file__).parent)
+    code = (f"import sys; sys.path.insert(0, {root!r}); import common; "
+            "common.entry(lambda: [print('x' * 999) for _ in range(999)])")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1) as child:
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 1
