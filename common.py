@@ -524,18 +524,22 @@ def entry(main):
     sys.exit(2)
 
 
-def number(kind, low, high):
-    """An argparse type: an int or float from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:  # false for not-a-number, too
-            raise ValueError
-        return kind(text)
-    parse.__name__ = f"number from {low:g} to {high:g}"
-    return parse
+COUNTS = ("batch", "steps", "epochs", "size", "height", "load", "ngf", "ndf", "tile", "patches",
+          "bank", "hidden", "z", "log_every", "sample_every")
+LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | {
+    "seed": (0, 2**63 - 1), "workers": (0, 256), "decay_from": (0, 1), "beta1": (0, 0.9999),
+    "beta2": (0, 0.9999), "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}
 
 
-count, natural = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
-amount, share = number(float, 0, 1e6), number(float, 0, 1)
+def check_numbers(p, args):
+    """`UserError` if a number is not finite, negative, or 0 where it counts something."""
+    for action in p._actions:
+        given = getattr(args, action.dest, None)
+        low, high = LIMITS.get(action.dest, (0, 1e9))
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if type(value) in (int, float) and not low <= value <= high:
+                raise UserError(f"{action.option_strings[0]} {value}: expected a number from "
+                                f"{low:g} to {high:g}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -552,9 +556,9 @@ def base_parser(doc):
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="toy", help="'toy', a folder, or a known data set's name")
     add("--out", help="run folder (runs/METHOD-DATA if not given), or that of translated pictures")
-    add("--seed", type=natural, default=0, help="seed of weights, data order and sampling")
+    add("--seed", type=int, default=0, help="seed of weights, data order and sampling")
     add("--device", help="cuda, mps or cpu (the first of these that is there)")
-    add("--workers", type=number(int, 0, 256), default=4, help="processes that read pictures")
+    add("--workers", type=int, default=4, help="processes that read pictures")
     add("--amp", action=switch, default=False, help="bfloat16 autocast; losses stay float32")
     add("--compile", action=switch, default=False, help="torch.compile the networks")
     add("--channels-last", action=switch, help="NHWC memory (a GPU: yes; CPU: where faster)")
@@ -565,8 +569,8 @@ def base_parser(doc):
     add("--split", choices=["test", "val"], default="test", help="pictures that are scored")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="black and white of pictures with more than 8 bits of grey")
-    add("--log-every", type=count, default=20, help="steps between rows of log.csv")
-    add("--sample-every", type=count, default=1000, help="steps between sample grids")
+    add("--log-every", type=int, default=20, help="steps between rows of log.csv")
+    add("--sample-every", type=int, default=1000, help="steps between sample grids")
     return p
 
 
@@ -588,9 +592,7 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
         config = load_checkpoint(saved, method, foreign=True).get("config", {})
         p.set_defaults(**saved_flags(p, config, saved, own=rough.resume))
     args = p.parse_args(argv)
-    for name in ("batch", "steps", "epochs"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    check_numbers(p, args)
     if args.range and not args.range[0] < args.range[1]:
         raise UserError("--range {:g} {:g}: a smaller and a larger value".format(*args.range))
     globals()["GREY"] = args.range

@@ -716,13 +716,16 @@ def test_channels_last_is_the_methods_choice_on_the_cpu_alone(monkeypatch):
 
 
 def test_flags_that_are_refused(capsys):
-    for wrong in (["--widht", "3"], ["--widt", "3"], ["--split", "train"], ["--log-every", "0"],
-                  ["--sample-every", "1e9"], ["--seed", "-1"], ["--seed", "9" * 20],
-                  ["--workers", "-1"], ["--workers", "x"], ["--range", "1"]):
+    for wrong in (["--widht", "3"], ["--widt", "3"], ["--split", "train"], ["--log-every", "1e3"],
+                  ["--workers", "x"], ["--range", "1"]):
         with pytest.raises(SystemExit) as stop:
             flags(*wrong)
         assert stop.value.code == 2
         assert len(lines := capsys.readouterr().err.splitlines()) == 1 and wrong[0] in lines[0]
+    for wrong in (["--log-every", "0"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "1e30"],
+                  ["--lr", "-1"], ["--seed", "-1"], ["--seed", "9" * 20], ["--workers", "999"]):
+        with pytest.raises(UserError, match=f"{wrong[0]} .*: expected a number from [01] to "):
+            flags(*wrong)
     with pytest.raises(UserError, match="--range 2 1: a smaller and a larger"):
         flags("--range", "2", "1")
 

@@ -3,6 +3,7 @@
 Kinds of mistakes that users of image-to-image repositories meet; each is mended once, in common.py.
 """
 
+import importlib
 import os
 import signal
 import struct
@@ -17,6 +18,7 @@ import test_common as t
 import torch
 import torch.nn as nn
 from PIL import Image
+from test_readme import SCRIPTS, parser_of
 
 import common
 from common import UserError
@@ -209,7 +211,7 @@ def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
     risky = {"groups": "/etc/x", "workers": 9, "compile": True, "out": "/x", "gone": 1}
     assert parsed(**risky, data="/home/x") == {}
     assert parsed(own=True, **risky, data="d/e") == {"groups": "/etc/x", "data": "d/e"}
-    for wrong in ({"mode": "c"}, {"layers": ["x"]}, {"seed": -1}, {"log_every": 0}):
+    for wrong in ({"mode": "c"}, {"layers": ["x"]}, {"seed": 0.5}, {"log_every": "x"}):
         with pytest.raises(UserError, match=f"w.pt: holds --{[*wrong][0].replace('_', '-')} "):
             parsed(**wrong)
 
@@ -283,3 +285,29 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
         child.stdout.close()
         assert child.stderr.read() == b""
     assert child.returncode == 1
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_absurd_numbers_are_refused_in_one_line(script, monkeypatch, capsys):
+    """Every flag of every script that takes a number; what passes is a number in its limits."""
+    module, refused = importlib.import_module(script), 0
+    parser = parser_of(script, monkeypatch)
+    monkeypatch.undo()
+    for action in parser._actions:
+        sample = action.default if action.type is None else action.type("1")
+        if type(sample) not in (int, float):
+            continue
+        for value in ("-1", "nan", "1e30", "0", "-inf", "99999999999999999999", "x"):
+            words = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            with pytest.raises((SystemExit, UserError)) as stop:
+                common.check_numbers(parser, module.get_args([action.option_strings[0], *words]))
+                raise UserError("fine")
+            text = str(stop.value) if stop.type is UserError else capsys.readouterr().err.strip()
+            assert "\n" not in text and "Traceback" not in text
+            refused += text != "fine"
+            assert text != "fine" or value == "0" or action.dest in ("alpha", "range"), (
+                f"{action.option_strings[0]} {value}")
+    assert refused > 60
