@@ -292,21 +292,24 @@ def to_pil(x):
     return Image.fromarray(((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def list_pictures(path):
+def list_pictures(path, below=False, suffixes=SUFFIXES):
     """Sorted picture files of a folder, or [path] for a file; `UserError` if there are none.
 
-    Names that begin with a dot are left out, and what Pillow cannot read; one line counts these.
+    below: in the folders below, too. Names that begin with a dot are left out, and what does not
+    end in one of the suffixes; one line counts these.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    every = sorted(f for f in path.iterdir() if f.name[0] != "." and f.is_file())
-    files = [f for f in every if f.suffix.lower() in SUFFIXES]
+    every = sorted(f for f in path.glob("**/*" if below else "*") if f.is_file()
+                   and not any(part[0] == "." for part in f.relative_to(path).parts))
+    files = [f for f in every if f.suffix.lower() in suffixes]
     if not files:
-        raise UserError(f"{path}: no pictures in this folder (PNG, JPEG or what Pillow reads)")
-    if others := Counter(f.suffix or f.name for f in every if f.suffix.lower() not in SUFFIXES):
+        kinds = "PNG, JPEG or what Pillow reads" if len(suffixes) > 9 else ", ".join(suffixes)
+        raise UserError(f"{path}: no pictures in this folder ({kinds})")
+    if others := Counter(f.suffix or f.name for f in every if f.suffix.lower() not in suffixes):
         remark(path, f"{path}: left out " + ", ".join(f"{n} {s}" for s, n in others.items()))
     return files
 

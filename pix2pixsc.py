@@ -311,16 +311,13 @@ def find_frames(root, split, args):
         folder = Path(root, f"{split}_{kind}")
         if not folder.is_dir():
             raise UserError(f"{root}: found no folder {folder}; expected {LAYOUT}")
-        return {f.relative_to(folder).with_suffix("").as_posix(): f
-                for f in sorted(folder.rglob("*")) if f.suffix.lower() in suffixes}
+        return common.by_name(common.list_pictures(folder, True, suffixes), folder)
 
     def place(name):  # (clip, what orders its frames: 10 comes after 9)
         clip = re.split(r"/(?=[^/]*$)|_(?=[^/_]*$)", name)[0]
         return clip, [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
     images, labels = found("img", common.SUFFIXES), found("label", LABEL_SUFFIXES[args.label_kind])
-    if not images:
-        raise UserError(f"{root}: no pictures in {split}_img/; expected {LAYOUT}")
     groups, frames = read_groups(args.groups), []
     for name in sorted(images, key=place):
         clip = place(name)[0]
@@ -466,6 +463,8 @@ def complete(args, frames):
     least = 2**args.downs
     args.height = args.height or max(2, round(args.size * h / w / least)) * least
     if args.label_kind == "ids":
+        for frame in frames:
+            common.check_same_size(frame.image, frame.label)
         ids = set().union(*(np.unique(common.open_ids(f.label)).tolist() for f in frames))
         if args.labels is None:
             args.labels = min(256, max(ids - {255}, default=0) + 1 + (255 in ids))

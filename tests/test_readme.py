@@ -73,7 +73,7 @@ def test_budgets():
     """The laboratory stays small beside the methods, and a test is no longer than what it tests."""
     lines = {f.relative_to(ROOT).as_posix(): len(f.read_text(encoding="utf-8").splitlines())
              for pattern in ("*.py", "lab/*.py", "tests/*.py") for f in ROOT.glob(pattern)}
-    assert lines["common.py"] <= 780
+    assert lines["common.py"] <= 980
     assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2500
     for name in ("cut", "cyclegan", "sincut"):
         assert lines[f"tests/test_{name}.py"] <= lines[f"{name}.py"] * 1.1, name
