@@ -69,6 +69,12 @@ def clip_batch(args, device):
     return [x, z, x.flip(3), exemplar, *pair, torch.arange(args.batch, device=device) % 2 == 0]
 
 
+def sketch_batch(args, device):
+    """[x, y, y_seg, W] for SEGIN."""
+    (x, y), W = random_batch(args, device), random_batch(args, device)[0]
+    return [x, y, (y[:, :1] > 0).float(), W]
+
+
 def seconds(device, work):
     """Seconds that work() takes, until the device has finished it."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -118,13 +124,14 @@ class Step:
         self.args = self.module.get_args(flags)
         self.device = importlib.import_module("common").pick_device(self.args.device)
         self.nets = self.module.build(self.args, self.device)
-        make = clip_batch if script == "pix2pixsc" else random_batch
-        make = getattr(self.module, "random_batch", make)
+        make = {"pix2pixsc": clip_batch, "segin": sketch_batch}.get(script) or getattr(
+            self.module, "random_batch", random_batch)
         self.batch = make(self.args, self.device)
-        self.rng = self.args.lambda_1 if make is clip_batch else torch.Generator().manual_seed(0)
+        rng = self.args.lambda_1 if make is clip_batch else torch.Generator().manual_seed(0)
+        self.rng = [] if make is sketch_batch else [rng]  # its step draws nothing
 
     def run(self):
-        self.module.train_step(self.nets, *self.batch, self.args, self.rng)
+        self.module.train_step(self.nets, *self.batch, self.args, *self.rng)
 
     def facts(self):
         """Everything but the seconds. Peak memory comes first: counting operations raises it."""

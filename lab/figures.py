@@ -11,6 +11,7 @@ figure is written beside FILE, or into DIR. What there is, and which figure of t
     spade uniform       Fig. 2.3: maps of one label, which normalisation washes away
     pix2pixsc matrix    Figs. 12, 14, 16: label maps in rows, exemplars in columns
     segin match         Figs. 3, 4: which block of the reference went where
+    segin references    Fig. 5: three sketches, each by six references
     swapae grid         Fig. 4.4: structures in rows, textures in columns
     swapae interpolate  Figs. 4.6, 4.7: from one texture code to another's
     swapae pca          Fig. 4.14: along the principal directions of the texture codes
@@ -222,25 +223,42 @@ def segin_match(args):
 
     device = common.pick_device(args.device)
     show = segin.test_pictures(segin.data_folder(args), args, device, limit=6)
-    m = segin.load_networks(args, device) if args.weights else segin.build(args, device)
+    nets = segin.load_networks(args, device) if args.weights else segin.build(args, device)
     x, r, y = show["x"], show["r"], show["y"]
-    xi, own = m.match(x, r), m.match(x, y)
+    xi, own = nets.match(x, r), nets.match(x, y)
     block, places = x.shape[-1] // xi.shape[-1], torch.linspace(0, 1, xi.shape[-1], device=device)
     across, down = places.expand(len(places), -1), places[:, None].expand(-1, len(places))
     places = as_pictures(torch.stack([across, down, 1 - across])[None], x.shape[2:]).expand_as(x)
-    rng = torch.Generator().manual_seed(args.seed)
-    spoilt = torch.stack([segin.corrupt(one.cpu(), rng, args) for one in own]).to(device)
+    spoilt = torch.stack([segin.spoil(a, b.cpu(), torch.Generator().manual_seed(i), args)
+                          for i, (a, b) in enumerate(zip(y, own, strict=True))])
     W = segin.rebuild(r, xi, block)
     columns = {"x": x, "r": r, "places of r": places, "match": segin.rebuild(places, xi, block),
                "W(x, r)": W}
     if args.weights:
-        columns["N(x, W)"] = segin.translate(m, x, r, args)[0]
+        columns["N(x, W)"] = segin.translate(nets, x, r, args)[0]
     save(args, "match", columns | {"own photo y": y, "W(x, y)": segin.rebuild(y, own, block),
-                                   "corrupted": segin.rebuild(y, spoilt, block)})
-    m.N.eval()
-    for name, work in (("match", lambda: segin.auxiliary(x[:1], r[:1], m.match)),
-                       ("N", lambda: m.N(x[:1], W[:1])[0])):
+                                   "spoilt": spoilt})
+    nets.N.eval()
+    for name, work in (("match", lambda: segin.auxiliary(x[:1], r[:1], nets.match)),
+                       ("N", lambda: nets.N(x[:1], W[:1])[0])):
         print_time(name, work, f"{args.size}x{args.size}", device)
+
+
+@torch.no_grad()
+def segin_references(args):
+    """Three sketches, each by the six references above them, beside their own photos."""
+    import segin
+
+    device = common.pick_device(args.device)
+    nets = segin.load_networks(args, device)
+    show = segin.test_pictures(segin.data_folder(args), args, device, limit=6)
+    x, y = show["x"][::2], show["y"][::2]
+    blank = torch.ones_like(x[:1])
+    columns = {"x": torch.cat([blank, x]), "own photo y": torch.cat([blank, y])}
+    for i, r in enumerate(show["r"].split(1), 1):
+        y_hat = [segin.translate(nets, one, r, args)[0] for one in x.split(1)]
+        columns[f"reference {i}"] = torch.cat([r, *y_hat])
+    save(args, "references", columns)
 
 
 # ---- Swapping Autoencoder ------------------------------------------------------------------------
@@ -414,6 +432,7 @@ FIGURES = {  # (script, figure): function of that script's flags
     ("spade", "uniform"): spade_uniform,
     ("pix2pixsc", "matrix"): pix2pixsc_matrix,
     ("segin", "match"): segin_match,
+    ("segin", "references"): segin_references,
     ("swapae", "grid"): swapae_grid,
     ("swapae", "interpolate"): swapae_interpolate,
     ("swapae", "pca"): swapae_pca,

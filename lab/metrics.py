@@ -11,6 +11,7 @@
     swap_scores(x, x2, x_rec, x_hyb, vgg, name, device)   -> scores of a Swapping Autoencoder
     domain_classifier(files, device, seed, steps=200)     -> (p(domain | pictures), its name), for
     inception_scores(p)                                   -> {"IS": float, "CIS": float}
+    with_references(out, test, name, distance, weights)   -> SEGIN's Tab. I, as scores
 
 Pictures are (B, 3, H, W) in [-1, 1]. The weights are fetched once by torch.hub; where that fails a
 `UserError` says what to do instead. All files of weights are read with weights_only=True.
@@ -18,6 +19,7 @@ torchmetrics is needed by fid and lpips, torch-fidelity by fid (lab/requirements
 """
 
 import importlib
+import itertools
 import random
 from functools import partial
 from pathlib import Path
@@ -343,3 +345,41 @@ def frozen(net, weights, source, prefix):
         raise UserError(f"--vgg {weights}: not {source} weights in torchvision's "
                         "layout") from None
     return net.eval().requires_grad_(False)
+
+
+# ---- SEGIN's Tab. I -----------------------------------------------------------------------------
+
+
+def with_references(out, test, name, distance, weights=None):
+    """FID, and the mean distance of outputs among themselves, to their reference, to the photo.
+
+    out(x, r) -> y_hat, test: {"x", "y", "r"}, (N, 3, H, W) each. References are other test photos,
+    spread evenly. Diversity: 19 pairs of outputs, each for the next of 20 references, for 100
+    inputs. (ref), CHOICE: "200 image pairs are tested with 10 references" is read as 200 inputs,
+    each with 10. (gt): each photo is its own reference. A smaller test set gives fewer pairs.
+    """
+    x, y, r = (list(test[key].split(1)) for key in "xyr")
+    n = len(x)
+    if n < 3:
+        raise UserError("--evaluate: at least three test pairs are needed")
+
+    def references(i, count):
+        count = min(count, n - 1)
+        return [y[(i + 1 + k * (n - 1) // count) % n] for k in range(count)]
+
+    def score(kind, pairs, better="lower"):
+        values = [distance(a, b) for a, b in pairs]
+        return {"name": f"{name}{kind} ({len(values)} pairs)", "better": better,
+                "value": sum(values) / len(values)}
+
+    outputs = [out(x[i], r[i]).cpu() for i in range(n)]
+    chosen = [(i, references(i, 20)) for i in range(min(100, n))]
+    diversity = score(", diversity", (pair for i, refs in chosen for pair in itertools.pairwise(
+        [out(x[i], one) for one in refs])), "higher")
+    real = score("", (pair for _, refs in chosen for pair in itertools.pairwise(refs)))
+    return [{"name": f"FID ({n} outputs, {n} photos, 299x299)", "better": "lower",
+             "value": fid(outputs, y, y[0].device, weights)},
+            diversity | {"trivial": {"real photos": real["value"]}},
+            score(" (ref)", ((out(x[i], one), one) for i in range(min(200, n))
+                             for one in references(i, 10))),
+            score(" (gt)", ((out(x[i], y[i]), y[i]) for i in range(n)))]

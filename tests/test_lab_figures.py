@@ -140,6 +140,8 @@ def test_segin_match(drawn, tmp_path, capsys):
     assert "match: " in said and "N: " in said and "32x32 picture on cpu" in said
     places = Image.open(tmp_path / "match.png").crop((4 + 2 * 132, 20, 4 + 2 * 132 + 128, 148))
     assert len(places.getcolors()) == 16 * 16  # each place of r has a colour of its own
+    draw("segin", "references", "--data", data, "--weights", weights)
+    assert columns_of(tmp_path / "run/references.png") == 2 + 4  # there are four test pictures
 
 
 @pytest.mark.parametrize("name, columns", [("grid", 7), ("pca", 7), ("interpolate", 7),

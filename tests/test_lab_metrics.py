@@ -143,7 +143,45 @@ def test_missing_packages_are_one_line():
         metrics.needed("no_such_package.part", "FID")
 
 
-# ---- LPIPS (feature_distance: tests/test_segin.py) ----------------------------------------------
+# ---- LPIPS, and SEGIN's Tab. I -------------------------------------------------------------------
+
+
+def test_feature_distance_is_lpips_without_weights():
+    vgg = common.VGG(["relu1_1", "relu2_1"], "random")
+    a, b = uniform(2, 3, 8, 8), uniform(2, 3, 8, 8, seed=1)
+    total = 0.0
+    for name in ("relu1_1", "relu2_1"):
+        f, g = (vgg(picture)[name].permute(0, 2, 3, 1).flatten(1, 2) for picture in (a, b))
+        for n in range(2):
+            total += np.mean([float((u / u.norm() - v / v.norm()).square().sum())
+                              for u, v in zip(f[n], g[n], strict=True)]) / 2
+    assert metrics.feature_distance(vgg, a, b) == pytest.approx(total, rel=1e-4)
+    assert metrics.feature_distance(vgg, a, a) == 0
+
+
+def test_with_references_counts_pairs_as_the_paper_does(monkeypatch):
+    """100 inputs x 19 pairs, 200 x 10 references, every photo as its own reference."""
+    n, asked = 210, []
+    photos = torch.arange(n).float().view(n, 1, 1, 1).expand(n, 3, 2, 2)
+
+    def out(x, r):
+        asked.append((int(x[0, 0, 0, 0]), int(r[0, 0, 0, 0])))
+        return 1000 * x + r
+
+    monkeypatch.setattr(metrics, "fid", lambda fakes, reals, *_: float(len(fakes) - len(reals)))
+    test = {"x": photos, "y": photos, "r": photos.roll(-1, 0)}
+    scores = metrics.with_references(out, test, "LPIPS", lambda a, b: float((a - b).abs().mean()))
+    assert [s["name"] for s in scores] == [
+        "FID (210 outputs, 210 photos, 299x299)", "LPIPS, diversity (1900 pairs)",
+        "LPIPS (ref) (2000 pairs)", "LPIPS (gt) (210 pairs)"]
+    assert asked[:n] == [(i, (i + 1) % n) for i in range(n)]
+    diversity, references, own = (asked[n:n + 2000], asked[n + 2000:n + 4000], asked[n + 4000:])
+    assert all(len({r for x, r in diversity if x == i} - {i}) == 20 for i in range(100))
+    assert all(len({r for x, r in references if x == i} - {i}) == 10 for i in range(200))
+    assert own == [(i, i) for i in range(n)]
+    # two outputs for one input differ as their references do; LPIPS(gt) is |1000 i + i - i|
+    assert scores[1]["value"] == pytest.approx(scores[1]["trivial"]["real photos"])
+    assert scores[3]["value"] == pytest.approx(1000 * (n - 1) / 2)
 
 
 def test_lpips_reads_alexnets_weights_and_pictures_in_minus_one_to_one(hub, tmp_path, offline):

@@ -108,6 +108,22 @@ def draw(folder, n, size, seed, n_test=40):
 
 # 2. Scores ----------------------------------------------------------------------------------------
 
+def majority(x, W, part):
+    """A painter who is told where the parts are: each part of x in the commonest colour, whatever
+    its shade, of W's pixels there; white paper and black lines have no vote."""
+    answer = x.copy()
+    for a, picture, where in zip(answer, (W + 1) / 2, part, strict=True):
+        for k in range(1, len(SKETCH_PARTS) + 1):
+            seen = picture[:, where == k]
+            seen = seen[:, (seen.min(axis=0) < 0.95) & (seen.max(axis=0) > 0.25)]
+            tints = (seen / np.maximum(seen.max(axis=0), 1e-6) * 5).round()
+            kinds, votes = np.unique(tints, axis=1, return_counts=True)
+            if votes.size:
+                chosen = (tints == kinds[:, votes.argmax(), None]).all(axis=0)
+                a[:, where == k] = seen[:, chosen].mean(axis=1, keepdims=True) * 2 - 1
+    return answer
+
+
 def sketch_scores(x, y_hat, truth, part, r, W):
     """Scores of translations y_hat of sketches x, with references r, against their true answers.
 
@@ -116,13 +132,14 @@ def sketch_scores(x, y_hat, truth, part, r, W):
     "part colour error": its distance to the truth's, in grey levels. "parts right": the share of
     parts whose colour is nearer to the truth's colour of this part than to any other part's.
     Returns [{"name", "value", "better", "trivial"}]; the trivial answers are r and W themselves,
-    the sketch tinted in its truth's overall colour (global control at its best), and in the mean
-    colour of all truths.
+    the majority of W in each part, the sketch tinted in its truth's overall colour (global control
+    at its best), and in the mean colour of all truths.
     """
     x, y_hat, truth, r, W = as_floats(x, y_hat, truth, r, W)
     inside = np.asarray(part) > 0
     each = np.stack([t[:, m].mean(axis=1) for t, m in zip(truth, inside, strict=True)])
-    answers = {"W itself": W, "copy the reference": r}
+    answers = {"majority of W in each part": majority(x, W, part), "W itself": W,
+               "copy the reference": r}
     for answer, colour in (("one colour per picture", each), ("mean colour", each.mean(axis=0))):
         flat = np.broadcast_to(np.asarray(colour).reshape(-1, 3, 1, 1), x.shape)
         answers[answer] = np.where(inside[:, None], flat, x)
@@ -142,6 +159,42 @@ def sketch_scores(x, y_hat, truth, part, r, W):
     def whole(a):
         return np.abs(a - truth).mean() * GREY_LEVELS
 
-    return [score("part colour error", lambda a: parts(a)[0], y_hat, answers),
-            score("parts right", lambda a: parts(a)[1], y_hat, answers, better="higher"),
+    return [score("parts right", lambda a: parts(a)[1], y_hat, answers, better="higher"),
+            score("part colour error", lambda a: parts(a)[0], y_hat, answers),
             score("picture error", whole, y_hat, answers)]
+
+
+def reference_scores(answer, x, y, r, folder, split="test"):
+    """Scores of a method answer(x, r) -> (y_hat, W), on pictures x, y, r (N, 3, H, W) of a split of
+    a drawn folder: those of `sketch_scores`, and three that need no truth, or another reference.
+
+    Distances are those of a random VGG's features, LPIPS without learned weights, whatever VGG the
+    method itself uses.
+    """
+    import common
+    from lab import metrics
+
+    def drawn(kind):
+        return np.stack([np.asarray(Image.open(f))
+                         for f in common.list_pictures(folder / f"{split}_{kind}")])
+
+    vgg = common.VGG([f"relu{i}_1" for i in range(1, 5)], "random")
+    truth = drawn("truth").transpose(0, 3, 1, 2) / GREY_LEVELS - 1
+    (y_hat, W), (own, W_own) = answer(x, r), answer(x, y)
+    another = r.roll(1, dims=0)
+    other, _ = answer(x, another)
+
+    def far(a, b):
+        return metrics.feature_distance(vgg, a, b)
+
+    def wrong(a):
+        return float((a - y).abs().mean() * GREY_LEVELS)
+
+    return [*sketch_scores(x, y_hat, truth, drawn("part"), r, W),
+            {"name": "own photo as reference: picture error", "better": "lower",
+             "value": wrong(own), "trivial": {"W itself": wrong(W_own)}},
+            {"name": "own photo as reference: VGG distance", "better": "lower",
+             "value": far(own, y), "trivial": {"W itself": far(W_own, y)}},
+            {"name": "diversity: VGG distance between outputs for two references",
+             "better": "higher", "value": far(y_hat, other),
+             "trivial": {"the references": far(r, another), "one answer": 0.0}}]
