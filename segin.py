@@ -399,7 +399,7 @@ def find_pairs(root, split, args):
         photos = common.list_pictures(Path(root, f"{name}_img" if apart else name))
 
         def partners(kind, photos=photos, name=name):
-            files = {f.stem: f for f in common.list_pictures(Path(root, f"{name}_{kind}"))}
+            files = common.by_name(common.list_pictures(Path(root, f"{name}_{kind}")))
             if alone := {f.stem for f in photos} - files.keys():
                 raise UserError(f"{root}: {min(alone)} has no {kind} of that name in "
                                 f"{name}_{kind}")

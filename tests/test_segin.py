@@ -604,8 +604,8 @@ def test_what_train_applies(drawn, tmp_path, monkeypatch):
 
 def test_run_folder(trained):
     files = {str(f.relative_to(trained)) for f in trained.rglob("*") if f.is_file()}
-    assert files == {"config.json", "log.csv", "index.html", "last.pt", "result.json",
-                     "samples/step_000000.png", "samples/step_000002.png"}
+    assert files - {"lock"} == {"config.json", "log.csv", "index.html", "last.pt", "result.json",
+                                "samples/step_000000.png", "samples/step_000002.png"}
     rows = (trained / "log.csv").read_text().splitlines()
     assert len(rows) == 3
     assert rows[0] == "step,L_D,L_GAN,L_recon,L_F,L_tv,L_seg,L_segAtt,seconds"
