@@ -75,6 +75,17 @@ def sketch_batch(args, device):
     return [x, y, (y[:, :1] > 0).float(), W]
 
 
+def labelled_batch(args, device):
+    """[m, x] for spade.py: a one-hot map of noise and such a picture."""
+    import spade
+    x = random_batch(args, device)[0]
+    labels = torch.randint(args.labels, (len(x), *x.shape[2:]), device=device)
+    return [spade.one_hot(labels, x.new_zeros(len(x), int(args.edges), *x.shape[2:]), args), x]
+
+
+BATCHES = {"spade": labelled_batch, "pix2pixsc": clip_batch, "segin": sketch_batch}
+
+
 def seconds(device, work):
     """Seconds that work() takes, until the device has finished it."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -124,8 +135,7 @@ class Step:
         self.args = self.module.get_args(flags)
         self.device = importlib.import_module("common").pick_device(self.args.device)
         self.nets = self.module.build(self.args, self.device)
-        make = {"pix2pixsc": clip_batch, "segin": sketch_batch}.get(script) or getattr(
-            self.module, "random_batch", random_batch)
+        make = getattr(self.module, "random_batch", BATCHES.get(script, random_batch))
         self.batch = make(self.args, self.device)
         rng = self.args.lambda_1 if make is clip_batch else torch.Generator().manual_seed(0)
         self.rng = [] if make is sketch_batch else [rng]  # its step draws nothing

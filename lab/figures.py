@@ -9,6 +9,7 @@ figure is written beside FILE, or into DIR. What there is, and which figure of t
     cut similarity      Fig. 3.27: where does a patch of G(x) find itself in x?
     cut coats           Fig. 3.28: the coats' grey levels in x, G(x) and y (toy data)
     spade uniform       Fig. 2.3: maps of one label, which normalisation washes away
+    spade matrix        Fig. 2.1, 2.9: label maps in rows, styles in columns
     pix2pixsc matrix    Figs. 12, 14, 16: label maps in rows, exemplars in columns
     segin match         Figs. 3, 4: which block of the reference went where
     segin references    Fig. 5: three sketches, each by six references
@@ -167,24 +168,49 @@ def spade_uniform(args):
     the label was washed away.
     """
     import spade
+    from lab.rows import pix2pixhd as hd
 
-    device, columns = common.pick_device(args.device), {}
-    if args.labels is None:
-        args.labels = 4
+    args.labels, columns = args.labels or 4, {}
     labels = torch.arange(min(args.labels, 8)).view(-1, 1, 1).expand(-1, args.height, args.size)
-    edges = torch.zeros(len(labels), int(args.edges), args.height, args.size)
-    for name in [args.generator] if args.weights else spade.GENERATORS:
-        if args.weights:
-            m = spade.load_networks(args, device)
-        else:
-            args.generator, args.norm, args.input, args.init = name, "instance", "segmap", "glorot"
-            torch.manual_seed(args.seed)
-            m = SimpleNamespace(G=spade.init_weights(spade.generator(args), args.init).to(device))
-        z = spade.random_style(len(labels), args.z_seed, args)
-        columns[name] = p = spade.synthesise(m, labels, edges, z, args, device)
+    maps = labels, torch.zeros(len(labels), int(args.edges), args.height, args.size)
+    fresh = {"spade": spade.Generator, "concat": hd.ConcatGenerator, "hd": hd.HDGenerator,
+             "hd-spade": lambda *of: hd.HDGenerator(*of, "spade"),
+             "hd-concat": lambda *of: hd.HDGenerator(*of, "concat")}
+    if not args.weights:  # channels-last, the CPU's means are off by 1e-5, and sigma is 3e-3 here
+        args.input, args.channels_last = "segmap", False
+    for name in ["G"] if args.weights else fresh:
+        torch.manual_seed(args.seed)
+        nets = (spade.load_networks(args, common.pick_device(args.device)) if args.weights else
+                SimpleNamespace(G=hd.instance_normalised(spade.init_weights(
+                    fresh[name](args, spade.m_channels(args)), "glorot"))))
+        z = spade.random_styles(1, args)
+        columns[name] = p = spade.paint(nets, maps, z if z is None else z.expand(len(labels), -1),
+                                        args)
         gaps = [(p[i] - p[j]).abs().mean() for i in range(len(p)) for j in range(i)]
         print(f"{name}: {float(sum(gaps) / len(gaps) * 127.5):.3g} grey levels between labels")
     save(args, "uniform", {"m": spade.colour_map(labels)} | columns)
+
+
+def spade_matrix(args):
+    """Label maps in rows, styles in columns: those of test pictures, which stand in the first row,
+    where there is an encoder; else random ones (Fig. 2.9)."""
+    import spade
+
+    if args.weights is None:
+        raise UserError("spade matrix needs --weights FILE")
+    nets = spade.load_networks(args, common.pick_device(args.device))
+    pairs = spade.find_pairs(spade.data_folder(args), args.split, args.edges)
+    labels, edges, x = spade.test_batch(pairs, args, limit=8)
+    n, styled = len(x) // 2, hasattr(nets, "E")  # the first n for style, the others for maps
+    z = spade.style(nets, x[:n]) if styled else spade.random_styles(n, args)
+    if z is None:
+        raise UserError("spade matrix: a network of --input segmap has no styles")
+    top = x[:n].split(1) if styled else [torch.ones_like(x[:1])] * n
+    columns = {"m": torch.cat([torch.ones_like(x[:1]), spade.colour_map(labels)[n:]])}
+    for i, style in enumerate(z.split(1)):
+        p = spade.paint(nets, (labels[n:], edges[n:]), style.expand(len(x) - n, -1), args)
+        columns[f"style {i}"] = torch.cat([top[i], p])
+    save(args, "matrix", columns)
 
 
 # ---- pix2pixSC -----------------------------------------------------------------------------------
@@ -430,6 +456,7 @@ FIGURES = {  # (script, figure): function of that script's flags
     ("cut", "similarity"): cut_similarity,
     ("cut", "coats"): cut_coats,
     ("spade", "uniform"): spade_uniform,
+    ("spade", "matrix"): spade_matrix,
     ("pix2pixsc", "matrix"): pix2pixsc_matrix,
     ("segin", "match"): segin_match,
     ("segin", "references"): segin_references,

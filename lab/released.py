@@ -9,10 +9,12 @@ reads all widths from the shapes and returns the network or networks, filled, on
 import contextlib
 import itertools
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from common import UserError
+from common import UserError, load_file
 
 
 @contextlib.contextmanager
@@ -181,67 +183,60 @@ def swapae(state, path):
 
 # ---- SPADE: G and E under other names; sizes and flags follow from the shapes --------------------
 
-SPADE_BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
-SPADE_NAMES = [  # theirs -> ours, for G and E; norm_s has the statistics of norm_0
-    (r"^(head_0|G_middle_\d|up_\d)\.", lambda found: f"blocks.{SPADE_BLOCKS.index(found[1])}."),
-    (r"norm_([01])\.param_free_norm", r"norm_\1"),
+SPADE_NAMES = [  # theirs -> ours, for G and E
+    (r"^head_0", "head"), (r"^G_middle", "middle"), (r"^conv_img", "to_rgb"),
+    (r"norm_([01s])\.param_free_norm", r"spade_\1.norm"),
     (r"norm_([01s])\.mlp_shared\.0", r"spade_\1.shared"), (r"norm_([01s])\.mlp_", r"spade_\1."),
-    (r"^conv_img", "to_rgb"), (r"^fc_mu", "mu"), (r"^fc_var", "logvar"),
-    (r"^layer(\d)\.0", lambda found: f"convs.{int(found[1]) - 1}"),
+    (r"^fc_mu", "mu"), (r"^fc_var", "logvar"),
+    (r"^layer(\d)", lambda found: f"layers.{int(found[1]) - 1}"),
     (r"weight_orig$", "parametrizations.weight.original"),
     (r"weight_([uv])$", r"parametrizations.weight.0._\1")]
 
 
 def spade_names(state):
-    """A state dict of theirs under our names: gamma and beta come from one convolution here."""
+    """A state dict of theirs under our names."""
     renamed = {}
     for key, value in state.items():
-        if not re.search(r"norm_s\.param_free_norm|num_batches_tracked", key):
-            for pattern, name in SPADE_NAMES:
-                key = re.sub(pattern, name, key)
-            renamed[key] = value
-    for key in [k for k in renamed if ".gamma." in k]:
-        pair = renamed.pop(key), renamed.pop(key.replace(".gamma.", ".beta."))
-        renamed[key.replace(".gamma.", ".gamma_beta.")] = torch.cat(pair)
+        for pattern, name in SPADE_NAMES:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
     return renamed
 
 
-def spade(state, path, args):
-    """latest_net_G.pth -> G. What its shapes tell is written to the flags `args`."""
-    from spade import KINDS, channels, generator
+def filled(net, state):
+    """The network with their state; what counts batches is missing in files of old versions."""
+    tracked = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
+    net.load_state_dict(tracked | spade_names(state))
+    return net
 
+
+def spade(state, path, args):
+    """latest_net_G.pth -> networks G, and E from latest_net_E.pth beside it if G takes its z. What
+    the shapes tell is written to the flags `args`."""
+    from spade import KINDS, Encoder, generator, m_channels
+
+    nets, beside = SimpleNamespace(), Path(path).with_name("latest_net_E.pth")
     with expecting(path, "neither a checkpoint of spade.py nor a generator released by the authors "
                          "(latest_net_G.pth), or of another --size"):
         first, fc = state["head_0.norm_0.mlp_shared.0.weight"], state["fc.weight"]
-        m_channels, args.kernel, args.hidden = first.shape[1], first.shape[2], first.shape[0]
+        channels, args.kernel, args.hidden = first.shape[1], first.shape[2], first.shape[0]
         args.ngf = len(state["head_0.conv_0.bias"]) // 16
-        args.upsampling = "most" if "up_4.conv_0.bias" in state else args.upsampling
-        args.norm = ("syncbatch" if "head_0.norm_0.param_free_norm.running_mean" in state
-                     else "instance")
-        args.input, args.generator, args.spectral = "segmap", "spade", True
-        if fc.dim() == 2:
-            args.input, args.z = "encoder", fc.shape[1]
-        if args.labels is None or channels(args)[1] != m_channels:
-            known = {151: "ade20k", 36: "cityscapes", 184: "coco"}.get(m_channels)
-            preset = KINDS.get(known, {"labels": m_channels, "edges": False, "unlabelled": None})
-            vars(args).update({"unlabelled": None, "edges": False} | preset)
-            print(f"{path}: {m_channels} channels of labels"
+        args.doublings = 7 if "up_4.conv_0.bias" in state else args.doublings
+        args.input, args.z = ("encoder", fc.shape[1]) if fc.dim() == 2 else ("segmap", args.z)
+        if args.labels is None or m_channels(args) != channels:
+            known = {151: "ade20k", 36: "cityscapes", 184: "coco"}.get(channels)
+            preset = KINDS.get(known, {"labels": channels})
+            vars(args).update({"unlabelled": [], "edges": False} | preset)
+            print(f"{path}: {channels} channels of labels"
                   + (f", taken for {known}'s" if known else ""))
-        G = generator(args)
-        tracked = {k: v for k, v in G.state_dict().items() if k.endswith("num_batches_tracked")}
-        G.load_state_dict(spade_names(state) | tracked)
-        return G
-
-
-def spade_encoder(state, path):
-    """latest_net_E.pth -> E."""
-    from spade import Encoder
-
-    with expecting(path, "not an encoder released by the authors (latest_net_E.pth)"):
-        E = Encoder(len(state["layer1.0.weight_orig"]), len(state["fc_mu.bias"]),
-                    2 ** (2 + sum(k.endswith("weight_orig") for k in state)))
-        E.load_state_dict(spade_names(state))
-        return E
+        nets.G = filled(generator(args), state)
+    if args.input == "encoder" and beside.exists():
+        state = load_file(beside)
+        with expecting(beside, "not an encoder released by the authors (latest_net_E.pth)"):
+            side = 2 ** (2 + sum(k.endswith("weight_orig") for k in state))
+            width = len(state["layer1.0.weight_orig"])
+            nets.E = filled(Encoder(width, len(state["fc_mu.bias"]), side), state)
+    return nets
 
 
 # ---- pix2pixSC: pix2pixHD's generator, its layers in the order of ours --------------------------

@@ -10,6 +10,7 @@
 Pictures are (B, 3, H, W) in [-1, 1], label maps (B, H, W) of integers.
 """
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -84,13 +85,17 @@ class Segmenter(nn.Module):
 
 
 @torch.enable_grad()
-def train(sample, classes, device, steps, seed=0, path=None, batch=8):
+def train(sample, classes, device, steps, seed=0, path=None, batch=8, weights=None):
     """A `Segmenter` in test mode, trained on real pictures, or read from `path` if that is there.
 
     sample: n -> the n-th training sample, picture (3, H, W) and label map (H, W); labels that are
-    not in 0 ... classes - 1 teach nothing. path: also where it is kept. Raises `UserError` for a
-    file that does not fit. torch's own generator is left as it was.
+    not in 0 ... classes - 1 teach nothing. path: also where it is kept; a TorchScript file there
+    may be any network. weights: of the classes in the loss. Raises `UserError` for a file that does
+    not fit. torch's own generator is left as it was.
     """
+    if path and Path(path).exists():
+        with contextlib.suppress(RuntimeError):  # not TorchScript
+            return torch.jit.load(path, map_location=device).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Segmenter(classes).to(device, memory_format=torch.channels_last)
@@ -103,7 +108,7 @@ def train(sample, classes, device, steps, seed=0, path=None, batch=8):
         x, labels = zip(*(sample(step * batch + i) for i in range(batch)), strict=True)
         x, labels = torch.stack(x).to(device), torch.stack(labels).long().to(device)
         labels = torch.where((labels >= 0) & (labels < classes), labels, -1)
-        loss = F.cross_entropy(net(x), labels, ignore_index=-1)
+        loss = F.cross_entropy(net(x), labels, weights, ignore_index=-1)
         opt.zero_grad()
         loss.backward()
         opt.step()

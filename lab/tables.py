@@ -59,6 +59,9 @@ class Table:
 
 BACKGROUND, OWN_PHOTO = "background error", "own photo as reference: VGG distance"
 BANK = ["--bank", "4096"]  # keys of 64 pictures, as the paper's 16,384 are, with 64 places for 256
+SEGMAP = ["--steps", "400", "--input", "segmap"]  # pix2pixHD++ has no use for a style
+COMPACT = ["--ngf", "12"]
+TOY_RATES = ["--lr-G", "1e-3", "--lr-D", "1e-3"]  # one rate, the geometric mean of the preset's two
 TABLES = {
     "cyclegan.tab3.4": Table(
         "cyclegan", "Tab. 3.4: which terms of Eq. (3.3) are needed (paper: labels -> photo)",
@@ -148,6 +151,47 @@ TABLES = {
                 ("SEGIN", "w/o MT", "the mask keeps edges clean", "picture error"),
                 ("SEGIN", "N (PNN), Fig. 10", "the semantic match is the best"),
                 ("SEGIN", "N (same place)", "so it is beside no match at all")]),
+    "spade.tab2.3": Table(
+        "spade", "Tab. 2.3: SPADE against concatenation, in two architectures (paper: COCO-Stuff)",
+        score="mIoU", flags=SEGMAP,
+        rows=[Row("decoder w/ SPADE", paper={"mIoU": 35.2}),
+              Row("compact decoder w/ SPADE", None, COMPACT, {"mIoU": 35.2}),
+              Row("decoder w/ Concat", "concat", paper={"mIoU": 31.9}),
+              Row("pix2pixHD++ w/ SPADE", "hd_spade", paper={"mIoU": 34.4}),
+              Row("pix2pixHD++ w/ Concat", "hd_concat", paper={"mIoU": 32.9}),
+              Row("pix2pixHD++", "hd", paper={"mIoU": 32.7}),
+              Row("compact pix2pixHD++", "hd", COMPACT, {"mIoU": 31.6}),
+              Row("pix2pixHD itself", "pix2pixhd", TOY_RATES, {"mIoU": 14.6})],
+        claims=[("decoder w/ SPADE", "decoder w/ Concat", "SPADE outperforms concatenation"),
+                ("pix2pixHD++ w/ SPADE", "pix2pixHD++ w/ Concat", "and in pix2pixHD++"),
+                ("decoder w/ SPADE", "pix2pixHD++", "the decoder beats the strong baseline"),
+                ("compact decoder w/ SPADE", "pix2pixHD++", "with fewer parameters, too"),
+                ("pix2pixHD++", "pix2pixHD itself", "which beats pix2pixHD")]),
+    "spade.tab2.4": Table(
+        "spade", "Tab. 2.4: variations of SPADE (paper: COCO-Stuff)", score="mIoU", flags=SEGMAP,
+        rows=[Row("segmap input, 3x3, BatchNorm", paper={"mIoU": 35.2}),
+              Row("random input", "random", paper={"mIoU": 35.3}),
+              Row("kernel size 5x5", "kernel_5", paper={"mIoU": 35.0}),
+              Row("kernel size 1x1", "kernel_1", paper={"mIoU": 32.7}),
+              Row("more parameters (141M)", None, ["--ngf", "20"], {"mIoU": 35.3}),
+              Row("fewer parameters (61M)", None, COMPACT, {"mIoU": 35.2}),
+              Row("InstanceNorm", "instance_norm", paper={"mIoU": 33.9})],
+        claims=[("segmap input, 3x3, BatchNorm", "kernel size 1x1", "1x1 hurts performance"),
+                ("segmap input, 3x3, BatchNorm", "InstanceNorm", "(the table alone)")]),
+    "spade.tab2.5": Table(
+        "spade", "Tab. 2.5: losses, and the parts of pix2pixHD++ (paper: COCO-Stuff)",
+        score="mIoU", flags=SEGMAP,
+        rows=[Row("Ours", paper={"mIoU": 35.2}),
+              Row("w/o perceptual loss", "no_vgg", paper={"mIoU": 24.7}),
+              Row("w/o feature matching", "no_fm", paper={"mIoU": 33.2}),
+              Row("deeper discriminator", None, ["--d-layers", "4"], {"mIoU": 34.9}),
+              Row("pix2pixHD++", "hd", paper={"mIoU": 32.7}),
+              Row("pix2pixHD++ w/o Sync BatchNorm", "hd_no_sync", paper={"mIoU": 27.4}),
+              Row("and w/o Spectral Norm", "hd_no_sync_no_spectral", paper={"mIoU": 26.0})],
+        claims=[("Ours", "w/o perceptual loss", "the perceptual loss is important"),
+                ("Ours", "w/o feature matching", "so is feature matching"),
+                ("Ours", "deeper discriminator", "a deeper discriminator does not help"),
+                ("pix2pixHD++", "pix2pixHD++ w/o Sync BatchNorm", "batch norm helps")]),
 }
 
 

@@ -23,7 +23,7 @@ FORKS = {
     "cycada": ("adaptation", "--size 32 --load 40 --ngf 4 --ndf 4 --blocks 1 --task-model small "
                "--task-weights random --task-load 36 --task-size 32 --task-batch 2 --task-steps 2 "
                "--feature-steps 2 --class-names sky road car", "test_img", []),
-    "spade": ("labelled", "--size 32 --load 36 --ngf 4 --ndf 4 --hidden 6 --z 5 --encoder-side 16 "
+    "spade": ("labelled", "--size 32 --load 36 --ngf 4 --ndf 4 --hidden 6 --z 5 "
               "--labels 4 --batch 2 --lambda-vgg 0", "test_label", []),
     "pix2pixsc": ("labelled", "--size 32 --ngf 2 --ndf 2 --blocks 1 --downs 2 --batch 2 --labels 4 "
                   "--vgg random --vgg-layers 3", "test_label",

@@ -12,6 +12,7 @@ import common
 import cut
 import cyclegan
 import init
+import spade
 import swapae
 from lab import released
 
@@ -303,3 +304,64 @@ def test_swapae_file_translates(tmp_path):
         torch.save(broken, tmp_path / name)
         with pytest.raises(common.UserError, match="nor one released"):
             released.swapae(broken, tmp_path / name)
+
+
+# ---- SPADE --------------------------------------------------------------------------------------
+
+
+def spade_state(net):
+    """A state dict as the authors' code saves it: old spectral norm, their names."""
+    state = {}
+    for key, value in net.state_dict().items():
+        key = key.replace("parametrizations.weight.original", "weight_orig").replace(
+            "parametrizations.weight.0._", "weight_")
+        for ours, theirs in (("head.", "head_0."), ("middle_", "G_middle_"), (
+                "to_rgb", "conv_img"), ("spade_", "norm_"), (".norm.", ".param_free_norm."), (
+                ".shared.", ".mlp_shared.0."), (".gamma.", ".mlp_gamma."), (
+                ".beta.", ".mlp_beta.")):
+            key = key.replace(ours, theirs)
+        if key.startswith(("mu.", "logvar.")):
+            key = key.replace("mu.", "fc_mu.").replace("logvar.", "fc_var.")
+        for i in range(6):
+            key = key.replace(f"layers.{i}.", f"layer{i + 1}.")
+        state[key] = value
+    return state
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_spade_files_load(tmp_path, tracked):
+    """The authors' layout with its own names; the picture is the one that the same weights paint
+    when they are ours."""
+    flags = ["--data", ".", "--labels", "4", "--size", "32", "--doublings", "4", "--device", "cpu"]
+    args = spade.get_args([*flags, "--input", "encoder", "--ngf", "2", "--ndf", "2", "--hidden",
+                           "6", "--z", "5", "--lambda-vgg", "0", "--batch", "2"])
+    nets = spade.build(args, CPU)
+    states = {name: spade_state(getattr(nets, name)) for name in "GE"}
+    assert {"head_0.conv_0.weight_u", "up_3.norm_s.param_free_norm.running_var", "fc_mu.weight",
+            "up_0.norm_s.mlp_beta.bias", "conv_img.weight", "layer2.0.weight_v"} <= {
+                *states["G"], *states["E"]}
+    for name, state in states.items():
+        torch.save({k: v for k, v in state.items() if tracked or "num_batches" not in k},
+                   tmp_path / f"latest_net_{name}.pth")
+    given = spade.get_args([*flags, "--weights", str(tmp_path / "latest_net_G.pth")])
+    loaded = spade.load_networks(given, CPU)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    test = torch.randint(0, 4, (2, 32, 32)), torch.zeros(2, 0, 32, 32), x
+    ours, theirs = (spade.answers(n, test, a) for n, a in ((nets, args), (loaded, given)))
+    for name, picture in ours.items():
+        torch.testing.assert_close(theirs[name], picture, rtol=1e-5, atol=1e-6)
+    torch.save({"x": torch.zeros(3)}, tmp_path / "latest_net_G.pth")
+    with pytest.raises(common.UserError, match="neither a checkpoint"):
+        spade.load_networks(given, CPU)
+
+
+def test_spade_key_names():
+    """Ours, renamed, are the 234 keys of their COCO-Stuff generator and the 22 of an encoder."""
+    args = spade.get_args(["--data", "coco"])
+    with torch.device("meta"):
+        G, E = spade.generator(args), spade.Encoder()
+    for net, n in ((G, 234), (E, 22)):
+        theirs = spade_state(net)
+        assert len(theirs) == n
+        assert {k: v.shape for k, v in released.spade_names(theirs).items()} == {
+            k: v.shape for k, v in net.state_dict().items()}

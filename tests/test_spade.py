@@ -1,586 +1,598 @@
 """spade.py: every equation against a plain transcription, and the script as its users run it."""
 
-import copy
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from helpers import error_of
+from helpers import assert_same, error_of, interrupted
 from PIL import Image
 from torch.nn.utils import parametrize
+from transcriptions import close, instance_norm
 
 import common
 import spade
-from lab import metrics, released, toy
+from lab import figures, metrics, toy
+from lab.rows import pix2pixhd
+from lab.toy import reading, scenes
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "32", "--load", "36", "--ngf", "4", "--ndf", "4", "--hidden", "6", "--z", "5",
-        "--encoder-side", "16", "--labels", "4", "--batch", "2", "--lambda-vgg", "0", "--workers",
-        "0", "--device", "cpu", "--log-every", "1"]
+        "--doublings", "4", "--labels", "4", "--batch", "2", "--lambda-vgg", "0", "--workers", "0",
+        "--device", "cpu", "--log-every", "1"]
+STYLED = ["--input", "encoder", "--edges"]
 CPU = torch.device("cpu")
 
 
 def tiny_args(*flags):
-    return spade.get_args(["--data", ".", *TINY, *flags])
+    return spade.get_args(["--data", ".", *TINY, *map(str, flags)])
+
+
+def run(*flags):
+    spade.main([*map(str, flags)])
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, dtype=torch.double):
+    return torch.rand(shape, dtype=dtype) * 2 - 1
 
 
 def count(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def random_map(n=4, b=2, h=8, w=6, edges=0, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, n, (b, h, w), generator=rng)
-    return spade.LabelMap(labels, torch.randint(0, 2, (b, edges, h, w), generator=rng).double(), n)
+def random_m(args, b=2, h=None, w=None, dtype=torch.double):
+    h, w = h or args.height, w or args.size
+    labels = torch.randint(0, spade.m_channels(args) - args.edges, (b, h, w))
+    return spade.one_hot(labels, torch.randint(0, 2, (b, int(args.edges), h, w)).to(dtype), args)
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Five training and three test pairs of 40x36 pixels: colour blocks of labels 0 to 3."""
-    rng = np.random.default_rng(0)
+    rng, data = np.random.default_rng(0), tmp_path_factory.mktemp("spade") / "data"
     colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [220, 220, 40]])
     for split, n in (("train", 5), ("test", 3)):
         for kind in ("img", "label", "inst"):
-            (tmp_path / "data" / f"{split}_{kind}").mkdir(parents=True)
+            (data / f"{split}_{kind}").mkdir(parents=True)
         for i in range(n):
             label = rng.integers(0, 4, (9, 10)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
             picture = (colours[label] + rng.integers(-20, 20, (36, 40, 3))).clip(0, 255)
-            data = tmp_path / "data"
             Image.fromarray(label).save(data / f"{split}_label/{i}.png")
             inst = Image.fromarray(label.astype(np.uint16) * 1000 + 5)
             inst.save(data / f"{split}_inst/{i}.png")
-            Image.fromarray(picture.astype(np.uint8)).save(data / f"{split}_img/{i}.jpg")
-    return tmp_path / "data"
+            Image.fromarray(picture.astype(np.uint8)).save(data / f"{split}_img/{i}.png")
+    return data
 
 
-# ---- networks: counts and shapes -------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The folder of a run of four steps with an encoder."""
+    run("--data", folder, *TINY, *STYLED, "--steps", 4, "--out", folder.parent / "run")
+    return folder.parent / "run"
 
 
-@pytest.mark.parametrize("flags, millions", [  # Tab. 2.3 and 2.4, with ADE20K's 151 labels
-    ([], 96.492483), (["--ngf", "48"], 60.642771), (["--ngf", "80"], 140.682163),
-    (["--generator", "concat"], 79.2), (["--generator", "hd-spade"], 236.9),
-    (["--generator", "hd-concat"], 195.5), (["--generator", "hd"], 183.0),
-    (["--generator", "hd", "--ngf", "48"], 103.0)])
-def test_parameter_counts_of_table_2_3(flags, millions):
-    args = spade.get_args(["--data", "ade20k", "--no-spectral", *flags])  # which has no parameters
+# ---- configuration and counts -------------------------------------------------------------------
+
+
+def test_paper_defaults_and_data_set_presets(monkeypatch):
+    args = spade.get_args(["--data", "."])
+    assert (args.lr_G, args.lr_D, args.beta2) == (1e-4, 4e-4, 0.9)
+    assert (args.epochs, args.decay_from, args.batch, args.size, args.load) == (200, .5, 32, 256,
+                                                                                286)
+    assert (args.lambda_fm, args.lambda_vgg, args.lambda_kld) == (10, 10, 0.05)
+    assert (args.input, args.init, args.vgg, args.vgg_layers) == ("segmap", "released", "imagenet",
+                                                                  5)
+    assert (args.ngf, args.ndf, args.hidden, args.kernel, args.d_layers) == (64, 64, 128, 3, 4)
+    args = spade.get_args(["--data", "path/to/Cityscapes"])
+    assert (args.size, args.height, args.load, args.doublings) == (512, 256, 512, 6)
+    channels = {data: spade.m_channels(spade.get_args(["--data", data]))
+                for data in ("cityscapes", "coco", "ade20k", "ADE20K-outdoor", "flickr", "camvid")}
+    assert [*channels.values()] == [36, 184, 151, 151, 183, 12]
+    lengths = {data: spade.get_args(["--data", data]) for data in channels}
+    assert {(a.epochs, a.decay_from) for d, a in lengths.items() if d[:2].lower() in ("ci", "ad")
+            } == {(200, 0.5)}
+    assert (lengths["coco"].epochs, lengths["coco"].decay_from) == (100, 1)
+    assert (lengths["flickr"].epochs, lengths["flickr"].decay_from) == (50, 1)
+    monkeypatch.setenv("WORLD_SIZE", "8")      # Sec. 2.6: 32 pictures on eight GPUs
+    assert spade.get_args(["--data", "."]).batch == 4
+    assert spade.get_args(["--data", ".", "--batch", "3"]).batch == 3
+    nets = spade.build(tiny_args(*STYLED), CPU)
+    for optimiser, rate, of in ((nets.opt_G, 1e-4, "GE"), (nets.opt_D, 4e-4, "D")):
+        group, = optimiser.param_groups
+        assert (group["lr"], group["betas"], group["eps"]) == (rate, (0.0, 0.9), 1e-8)
+        assert group["weight_decay"] == 0
+        assert len(group["params"]) == sum(len([*getattr(nets, n).parameters()]) for n in of)
+
+
+def test_toy_preset_changes_sizes_and_rates_but_no_term_of_the_objective():
+    args = spade.get_args([])
+    assert args.lambda_fm == 10 and args.lambda_kld == 0.05
+    sums = [sum([*spade.VGG_WEIGHTS.values()][:n]) for n in (5, args.vgg_layers)]
+    assert args.lambda_vgg * sums[1] == pytest.approx(10 * sums[0], rel=0.05)
+
+
+@pytest.mark.parametrize("flags, make, millions", [  # Tab. 2.3, 2.4, with ADE20K's 151 labels
+    ([], spade.Generator, 96.492483), (["--ngf", "48"], spade.Generator, 60.642771),
+    (["--ngf", "80"], spade.Generator, 140.682163), ([], pix2pixhd.ConcatGenerator, 79.2),
+    ([], lambda *a: pix2pixhd.HDGenerator(*a, "spade"), 236.9),
+    ([], lambda *a: pix2pixhd.HDGenerator(*a, "concat"), 195.5),
+    ([], pix2pixhd.HDGenerator, 183.0), (["--ngf", "48"], pix2pixhd.HDGenerator, 103.0)])
+def test_parameter_counts_of_table_2_3(flags, make, millions, monkeypatch):
+    for module in (spade, pix2pixhd):       # spectral norm has no parameters, and takes seconds
+        monkeypatch.setattr(module, "sn", lambda layer: layer)
+    args = spade.get_args(["--data", "ade20k", *flags])
     with torch.device("meta"):
-        n = count(spade.generator(args))
+        n = count(make(args, spade.m_channels(args)))
     assert n / 1e6 == pytest.approx(millions, abs=0.05 if millions == round(millions, 1) else 1e-9)
 
 
 @pytest.mark.parametrize("flags, g, d", [
     (["--data", "coco_stuff"], 97_480_899, 5_904_514),
     (["--data", "coco_stuff", "--input", "encoder"], 112_626_883, 5_904_514),
-    (["--data", "coco_stuff", "--upsampling", "most", "--size", "512"], 98_515_043, 5_904_514),
+    (["--data", "coco_stuff", "--doublings", "7", "--size", "512"], 98_515_043, 5_904_514),
     (["--data", "cityscapes"], 93_048_003, 5_601_410),
     (["--data", "cityscapes", "--input", "encoder"], 101_136_579, 5_601_410),
     (["--data", ".", "--labels", "35"], 93_018_051, 5_599_362)])
-def test_parameter_counts_of_the_released_networks(flags, g, d):
-    args = spade.get_args([*flags, "--no-spectral"])
+def test_parameter_counts_of_the_released_networks(flags, g, d, monkeypatch):
+    monkeypatch.setattr(spade, "sn", lambda layer: layer)
+    args = spade.get_args(flags)
     with torch.device("meta"):
-        G, E = spade.generator(args), spade.Encoder(spectral=False)
-        D = spade.MultiscaleDiscriminator(spade.channels(args)[1], args)
+        G, E = spade.generator(args), spade.Encoder()
+        D = spade.MultiscaleDiscriminator(spade.m_channels(args), args)
     assert (count(G), count(D), count(E)) == (g, d, 10_463_424)
     assert sum(isinstance(net, spade.Spade) for net in G.modules()) == (
-        21 if "most" in flags else 18)
+        21 if args.doublings == 7 else 18)
 
 
-def test_paper_defaults_and_data_set_presets():
-    args = spade.get_args(["--data", "."])
-    assert (args.lr, args.ttur, args.beta1, args.beta2) == (2e-4, True, 0.0, 0.9)
-    assert (args.epochs, args.decay_from, args.batch, args.size) == (200, 0.5, 32, 256)
-    assert (args.lambda_fm, args.lambda_vgg, args.lambda_kld) == (10, 10, 0.05)
-    args = spade.get_args(["--data", "path/to/Cityscapes"])
-    assert (args.size, args.height, args.labels, args.edges) == (512, 256, 35, True)
-    assert spade.channels(args) == (35, 36) and args.upsampling == "more"
-    assert spade.channels(spade.get_args(["--data", "coco"])) == (183, 184)
-    assert spade.channels(spade.get_args(["--data", "ade20k"])) == (151, 151)
-    assert spade.channels(spade.get_args(["--data", "camvid"])) == (12, 12)
+def test_init_of_the_released_networks_and_of_the_text():
+    """Spectrally normalised layers keep PyTorch's scale; the others get 0.02 times Glorot."""
+    G = spade.generator(spade.get_args(["--data", ".", "--labels", "8", "--ngf", "8"]))
+    for scheme, normal, other in (("released", (3 * 9 * 128)**-0.5, 0.02), ("glorot", None, 1.0)):
+        spade.init_weights(G, scheme)
+        w = G.head.conv_0.parametrizations.weight.original
+        glorot = (2 / (9 * 128 + 9 * 128))**0.5
+        assert float(w.detach().std()) == pytest.approx(normal or glorot, rel=0.02)
+        w = G.head.spade_0.gamma.weight
+        assert float(w.detach().std()) == pytest.approx(other * (2 / (9 * 128 + 9 * 128))**0.5,
+                                                        rel=0.02)
+        assert all(float(p.detach().abs().sum()) == 0 for k, p in G.named_parameters()
+                   if k.endswith("bias"))
 
 
-@pytest.mark.parametrize("flags, start", [([], (1, 1)), (["--size", "64"], (1, 2)), (
-    ["--size", "64", "--height", "64", "--upsampling", "more"], (1, 1))])
-def test_generator_doubles_from_its_start(flags, start):
-    args = tiny_args("--height", "32", *flags)
-    G = spade.generator(args).train()
-    assert G.start == start
-    m = random_map(4, 3, args.height, args.size).labels
-    m = spade.LabelMap(m, torch.zeros(3, 0, *m.shape[1:]), 4)
-    out = G(m)
-    assert out.shape == (3, 3, args.height, args.size) and out.abs().max() <= 1
-    assert {size for size in m.cache if isinstance(size, tuple)} == {
-        (start[0] << i, start[1] << i) for i in range(7) if start[0] << i < args.height}
+# ---- transcriptions of the networks, from the figures --------------------------------------------
 
 
-@pytest.mark.parametrize("name", spade.GENERATORS)
-def test_every_generator_paints(name):
-    args = tiny_args("--generator", name, "--edges")
-    labels, edges, _ = spade.random_batch(args, CPU)
-    assert spade.generator(args)(spade.LabelMap(labels, edges, 4)).shape == (2, 3, 32, 32)
+def lively(nets):
+    """Float64, weights that saturate nothing, rates of 0 (a step leaves its gradients), and
+    spectral norm's vectors where its iteration would end: at the largest singular value."""
+    for name in "GDE":
+        for layer in getattr(nets, name, torch.nn.Module()).double().modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                normed = parametrize.is_parametrized(layer)
+                w = layer.parametrizations.weight.original if normed else layer.weight
+                torch.nn.init.normal_(w, 0, 0.7 / math.sqrt(w[0].numel()))
+                if layer.bias is not None:
+                    torch.nn.init.normal_(layer.bias, 0, 0.1)
+                if normed:
+                    u, _, v = torch.linalg.svd(w.detach().flatten(1), full_matrices=False)
+                    layer.parametrizations.weight[0]._u.copy_(u[:, 0])
+                    layer.parametrizations.weight[0]._v.copy_(v[0])
+    if hasattr(nets, "vgg"):
+        nets.vgg.double()
+    for optimiser in (nets.opt_G, nets.opt_D):
+        optimiser.param_groups[0]["lr"] = 0.0
+    return nets
 
 
-def test_discriminator_maps_have_the_released_sizes():
+def named(net):
+    return {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+
+
+def conv(p, name, x, **how):
+    """A convolution, its weight divided by the largest singular value where there is one."""
+    if (w := p.get(f"{name}.weight")) is None:
+        w = p[f"{name}.parametrizations.weight.original"]
+        w = w / torch.linalg.matrix_norm(w.flatten(1), 2)
+    return F.conv2d(x, w, p.get(f"{name}.bias"), **how)
+
+
+def nearest(m, h, w):
+    rows, columns = ([i * n // to for i in range(to)] for n, to in ((m.shape[2], h),
+                                                                    (m.shape[3], w)))
+    return m[:, :, rows][:, :, :, columns]
+
+
+def leaky(x):
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def naive_spade(p, name, h, m, kernel=3):
+    """Fig. 2.10 and Eqs. (2.1) to (2.3), one channel at a time."""
+    m = nearest(m, *h.shape[2:])
+    shared = conv(p, f"{name}.shared", m, padding=kernel // 2).clamp(min=0)
+    gamma, beta = (conv(p, f"{name}.{n}", shared, padding=kernel // 2) for n in ("gamma", "beta"))
+    out = []
+    for c in range(h.shape[1]):
+        mu = h[:, c].sum() / h[:, c].numel()
+        sigma = (((h[:, c]**2 - mu**2).sum() / h[:, c].numel()) + 1e-5)**0.5
+        out.append((1 + gamma[:, c]) * (h[:, c] - mu) / sigma + beta[:, c])
+    return torch.stack(out, dim=1)
+
+
+def naive_block(p, name, h, m, kernel):
+    """Fig. 2.11: no activation on the skip, which is learnt where the widths differ."""
+    skip = h
+    if f"{name}.conv_s.parametrizations.weight.original" in p:
+        skip = conv(p, f"{name}.conv_s", naive_spade(p, f"{name}.spade_s", h, m, kernel))
+    for i in "01":
+        h = conv(p, f"{name}.conv_{i}", leaky(naive_spade(p, f"{name}.spade_{i}", h, m, kernel)),
+                 padding=1)
+    return skip + h
+
+
+def naive_G(p, m, z, args):
+    """Fig. 2.12; which blocks are preceded by a doubling follows from how many there are."""
+    names = ["head", "middle_0", "middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
+    doubled = {4: names[3:7], 5: ["middle_0", *names[3:7]], 6: names[1:7], 7: names[1:]}
+    h, w = m.shape[2] >> args.doublings, m.shape[3] >> args.doublings
+    if z is None:
+        x = conv(p, "fc", nearest(m, h, w), padding=1)
+    else:
+        x = (z @ p["fc.weight"].t() + p["fc.bias"]).view(len(z), 16 * args.ngf, h, w)
+    for name in names[:8 if args.doublings == 7 else 7]:
+        if name in doubled[args.doublings]:
+            x = nearest(x, 2 * x.shape[2], 2 * x.shape[3])
+        x = naive_block(p, name, x, m, args.kernel)
+    return conv(p, "to_rgb", leaky(x), padding=1).tanh()
+
+
+def naive_E(p, x, side):
+    """Fig. 2.14: 3x3 convolutions of stride 2, instance norm, slope 0.2; two linear heads."""
+    h = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+    for i in range(int(math.log2(side)) - 2):
+        h = leaky(instance_norm(conv(p, f"layers.{i}.0", h, stride=2, padding=1)))
+    assert h.shape[2:] == (4, 4)
+    h = h.flatten(1)
+    return [h @ p[f"{n}.weight"].t() + p[f"{n}.bias"] for n in ("mu", "logvar")]
+
+
+def naive_D(p, m, x, layers):
+    """Fig. 2.13 at two scales; the second sees means over windows of up to 3 x 3."""
+    outs, x = [], torch.cat([m, x], dim=1)
+    for scale in (0, 1):
+        if scale:
+            h, w = ((n + 1) // 2 for n in x.shape[2:])
+            x = torch.stack([torch.stack([
+                x[:, :, max(0, 2 * i - 1):2 * i + 2, max(0, 2 * j - 1):2 * j + 2].mean((2, 3))
+                for j in range(w)], dim=2) for i in range(h)], dim=2)
+        outs.append([leaky(conv(p, f"scales.{scale}.stages.0.0", x, stride=2, padding=2))])
+        for i in range(1, layers):
+            out = conv(p, f"scales.{scale}.stages.{i}.0", outs[-1][-1], padding=2,
+                       stride=2 if i < layers - 1 else 1)
+            outs[-1].append(leaky(instance_norm(out)))
+        outs[-1].append(conv(p, f"scales.{scale}.stages.{layers}", outs[-1][-1], padding=2))
+    return outs
+
+
+def naive_vgg(p, x, layers):
+    """VGG-19's relu1_1, relu2_1, ..., of a picture in [-1, 1] as it is."""
+    found, i = [], 0
+    for block, convs in enumerate((2, 2, 4, 4, 4)[:layers]):
+        for n in range(1 if block == layers - 1 else convs):
+            x = F.conv2d(x, p[f"features.{i}.weight"], p[f"features.{i}.bias"], padding=1).clamp(
+                min=0)
+            found += [x] if n == 0 else []
+            i += 2
+        x, i = F.max_pool2d(x, 2), i + 1
+    return found
+
+
+NETWORKS = [[], ["--input", "random", "--kernel", "1"], ["--doublings", "5", "--kernel", "5"],
+            ["--doublings", "6", "--size", "128", "--height", "64", "--ngf", "2"],
+            ["--doublings", "7", "--size", "256", "--height", "128", "--ngf", "2"]]
+
+
+@pytest.mark.parametrize("flags", NETWORKS, ids=" ".join)
+def test_generator_is_its_figures(flags):
+    args = tiny_args(*flags)
+    nets = lively(spade.build(args, CPU))
+    m, z = random_m(args), None if args.input == "segmap" else noise(2, 5)
+    close([nets.G(m, z)], [naive_G(named(nets.G), m, z, args)], 1e-7, 1e-9)
+
+
+@pytest.mark.parametrize("layers", [3, 4, 5])
+def test_discriminator_is_its_figure(layers):
+    args = tiny_args("--d-layers", layers, "--edges")
+    D = lively(spade.build(args, CPU)).D
+    m, x = random_m(args, 2, 36, 31), noise(2, 3, 36, 31)
+    for scale, naive in zip(D(m, x), naive_D(named(D), m, x, layers), strict=True):
+        close(scale, naive, 1e-7, 1e-9)
     D = spade.Discriminator(7, 2)
-    sizes = [tuple(out.shape[1:3]) for out in D(torch.randn(1, 7, 256, 256))]
+    sizes = [tuple(out.shape[1:3]) for out in D(torch.zeros(1, 7, 256, 256))]
     assert sizes == [(2, 129), (4, 65), (8, 33), (16, 34), (1, 35)]
-    deeper = spade.Discriminator(7, 2, layers=5)
-    assert [s[0].stride[0] for s in deeper.stages[:-1]] == [2, 2, 2, 2, 1]
-    for net in (D, deeper):  # spectral normalisation spares the ends
-        normalised = [parametrize.is_parametrized(s[0]) for s in net.stages[:-1]]
-        assert normalised == [False] + [True] * (len(normalised) - 1)
 
 
-def test_multiscale_discriminator_pools_the_stacked_input():
-    args = tiny_args()
-    D = spade.MultiscaleDiscriminator(4, args).double().eval()
-    m, x = random_map(4, 2, 32, 32), torch.randn(4, 3, 32, 32).double()
-    outs = D(m, x)
-    stacked = torch.cat([torch.cat([m.one_hot()] * 2), x], 1)
-    pooled = torch.zeros(4, 7, 16, 16).double()
-    for i in range(16):
-        for j in range(16):
-            window = stacked[:, :, max(0, 2 * i - 1):2 * i + 2, max(0, 2 * j - 1):2 * j + 2]
-            pooled[:, :, i, j] = window.mean((2, 3))
-    for scale, picture, out in zip(D.scales, (stacked, pooled), outs, strict=True):
-        for layer, expected in zip(out, scale(picture), strict=True):
-            torch.testing.assert_close(layer, expected)
+@pytest.mark.parametrize("size, side, h, w", [(32, 32, 20, 50), (48, 32, 32, 32), (64, 64, 33, 64)])
+def test_encoder_is_its_figure(size, side, h, w):
+    nets = lively(spade.build(tiny_args("--input", "encoder", "--size", size, "--height", 32), CPU))
+    x = noise(2, 3, h, w)
+    close(nets.E(x), naive_E(named(nets.E), x, side), 1e-7, 1e-9)
+    assert len(spade.Encoder(1, 7).layers) == len(spade.Encoder(1, 7, 512).layers) == 6
 
 
-def test_encoder_sees_a_square_and_halves_it_to_4x4():
-    E = spade.Encoder(2, 7, 32)
-    mu, logvar = E(torch.randn(3, 3, 20, 50))
-    assert mu.shape == logvar.shape == (3, 7) and len(E.convs) == 3
-    x = torch.randn(1, 3, 20, 50)
-    torch.testing.assert_close(E.eval()(x)[0], E(F.interpolate(x, (32, 32), mode="bilinear"))[0])
-    assert len(spade.Encoder(1, 7).convs) == 6  # Fig. 2.14
-    layers = [layer for layer in E.modules() if isinstance(layer, nn.Linear)]
-    assert not any(map(parametrize.is_parametrized, layers))
+# ---- Eqs. 2.1 to 2.3 -----------------------------------------------------------------------------
 
 
-# ---- label maps ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-@pytest.mark.parametrize("edges", [0, 1])
-def test_label_conv_is_the_convolution_of_the_one_hot_map(kernel, edges):
-    m, conv = random_map(edges=edges), spade.LabelConv(4 + edges, 5, kernel).double()
-    expected = F.conv2d(m.one_hot(), conv.weight, conv.bias, padding=kernel // 2)
-    out = conv(m)
-    torch.testing.assert_close(out, expected)
-    g = torch.randn_like(out)
-    for a, b in zip(torch.autograd.grad(out, conv.parameters(), g),
-                    torch.autograd.grad(expected, conv.parameters(), g), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("size", [(4, 3), (2, 2), (16, 12), (5, 4)])
-def test_label_maps_are_resized_to_nearest_once(size):
-    m = random_map(edges=1)
-    small = m.at(*size)
-    torch.testing.assert_close(small.one_hot(), F.interpolate(m.one_hot(), size))
-    assert m.at(*size) is small and m.at(8, 6) is m
-
-
-def test_border_marks_both_sides():
-    im = Image.fromarray(np.array([[7, 7, 7, 9], [7, 7, 7, 9], [7, 7, 7, 7]], dtype=np.uint8))
-    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
-    assert spade.border(im)[0].tolist() == expected
-
-
-# ---- Eqs. 2.1 to 2.3 -------------------------------------------------------------------------
-
-
-def naive_spade(h, m, layer, kernel=3, eps=1e-5):
-    """Eqs. 2.1 to 2.3 with loops over channels; the convolutions on the one-hot map are dense."""
-    n, h = layer.channels, h.detach()
-    shared = F.relu(F.conv2d(m.one_hot(), layer.shared.weight, layer.shared.bias,
-                             padding=kernel // 2))
-    both = F.conv2d(shared, layer.gamma_beta.weight, layer.gamma_beta.bias, padding=kernel // 2)
-    out = torch.zeros_like(h)
-    for c in range(n):
-        mu = sum(float(v) for v in h[:, c].flatten()) / h[:, c].numel()
-        var = sum(float(v)**2 - mu**2 for v in h[:, c].flatten()) / h[:, c].numel()
-        out[:, c] = (1 + both[:, c]) * (h[:, c] - mu) / (var + eps)**0.5 + both[:, n + c]
-    return out
-
-
-@pytest.mark.parametrize("norm", ["syncbatch", "batch"])
-def test_spade_is_eqs_2_1_to_2_3(norm):
-    h, m = 3 + 2 * torch.randn(2, 3, 8, 6).double(), random_map()
-    layer = spade.Spade(3, 4, hidden=5).double()
-    torch.testing.assert_close(layer(spade.NORMS[norm](3).double()(h), m), naive_spade(h, m, layer))
-
-
-def test_instance_normalisation_is_per_picture():
-    h = torch.randn(2, 3, 8, 6).double()
-    out = spade.NORMS["instance"](3).double()(h)
-    for n in range(2):
-        for c in range(3):
-            v = h[n, c]
-            torch.testing.assert_close(out[n, c], (v - v.mean()) / (v.var(correction=0) + 1e-5)**.5)
+def test_spade_is_eqs_2_1_to_2_3_and_paints_with_running_statistics():
+    h, layer = 3 + 2 * torch.randn(2, 3, 8, 6).double(), spade.Spade(3, 4, hidden=5).double()
+    m = random_m(tiny_args(), 2, 24, 18)
+    p = {f"layer.{name}": v for name, v in named(layer).items()}
+    close([layer(h, m)], [naive_spade(p, "layer", h, m)])
+    layer.norm.running_mean.fill_(2.0)
+    layer.norm.running_var.fill_(9.0)
+    layer.eval()
+    shared = F.relu(layer.shared(nearest(m, 8, 6)))
+    expected = (1 + layer.gamma(shared)) * (h - 2) / (9 + 1e-5)**0.5 + layer.beta(shared)
+    close([layer(h, m)], [expected])
 
 
 def test_spade_reduces_to_conditional_batch_norm_for_constant_maps():
     """Sec. 2.3: one label per picture; away from the zero padding gamma and beta are vectors."""
     h, layer = torch.randn(3, 4, 12, 12).double(), spade.Spade(4, 3, hidden=5).double()
     classes = torch.tensor([2, 0, 2])
-    m = spade.LabelMap(classes.view(3, 1, 1).expand(3, 12, 12), torch.zeros(3, 0, 12, 12).double(),
-                       3)
-    out, normalised = layer(spade.SyncBatchNorm(4).double()(h), m), F.batch_norm(
-        h, None, None, training=True)
+    out = layer(h, F.one_hot(classes, 3).double()[:, :, None, None].expand(-1, -1, 12, 12))
     shared = F.relu(layer.shared.weight.sum((2, 3))[:, classes].t() + layer.shared.bias)
-    gamma, beta = (shared @ layer.gamma_beta.weight.sum((2, 3)).t() + layer.gamma_beta.bias).chunk(
-        2, dim=1)  # a table of vectors per class: conditional batch norm
-    expected = (1 + gamma)[:, :, None, None] * normalised + beta[:, :, None, None]
-    torch.testing.assert_close(out[:, :, 2:-2, 2:-2], expected[:, :, 2:-2, 2:-2])
+    gamma, beta = (shared @ c.weight.sum((2, 3)).t() + c.bias for c in (layer.gamma, layer.beta))
+    expected = (1 + gamma)[:, :, None, None] * F.batch_norm(h, None, None, training=True)
+    expected = expected + beta[:, :, None, None]  # a table of vectors per class
+    close([out[:, :, 2:-2, 2:-2]], [expected[:, :, 2:-2, 2:-2]])
 
 
-def test_spade_reduces_to_adain_for_one_picture_and_a_constant_map():
+def test_spade_reduces_to_adain_for_one_picture_without_places():
     """Sec. 2.3: N = 1 and modulation without places: AdaIN with mean beta, deviation 1 + gamma."""
     h, layer = torch.randn(1, 4, 6, 6).double(), spade.Spade(4, 3, hidden=5, kernel=1).double()
-    m = spade.LabelMap(torch.ones(1, 6, 6, dtype=torch.long), torch.zeros(1, 0, 6, 6).double(), 3)
-    normalised = spade.SyncBatchNorm(4).double()(h)
-    gamma, beta = layer.gamma_beta(F.relu(layer.shared(m))).chunk(2, dim=1)
-    expected = common.adain(h, beta[:, :, :1, :1], 1 + gamma[:, :, :1, :1])
-    torch.testing.assert_close(layer(normalised, m), expected)
+    m = torch.zeros(1, 3, 6, 6).double()
+    m[:, 1] = 1
+    shared = F.relu(layer.shared(m))[:, :, :1, :1]
+    close([layer(h, m)], [common.adain(h, layer.beta(shared), 1 + layer.gamma(shared))])
 
 
-SYNC = """
-import os, sys, torch, torch.distributed as dist
-import spade
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-h = torch.load(sys.argv[3])[2 * rank:2 * rank + 2].requires_grad_()
-norm = spade.SyncBatchNorm(3).double()
-out = norm(h)
-(out * torch.load(sys.argv[4])[2 * rank:2 * rank + 2]).sum().backward()
-torch.save((out.detach(), h.grad, norm.running_mean, norm.running_var), sys.argv[3] + str(rank))
-dist.destroy_process_group()
-"""
+def test_batch_norm_is_synchronised_on_gpus_alone(monkeypatch):
+    """Sec. 2.4. PyTorch's synchronised norm has no parameters and the buffers of the other."""
+    monkeypatch.setattr(spade.dist, "is_initialized", lambda: True)
+    plain = spade.build(tiny_args(), CPU).G
+    assert not any(isinstance(n, torch.nn.SyncBatchNorm) for n in plain.modules())
+
+    class Gpu:                                   # stands for cuda where there is none
+        type = "cuda"
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *_, **__: None)
+    G = spade.build(tiny_args(), Gpu()).G
+    norms = [n for n in G.modules() if isinstance(n, torch.nn.SyncBatchNorm)]
+    assert len(norms) == 18 and not any(n.affine for n in norms)
+    assert G.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_synchronised_statistics_are_those_of_the_whole_batch(tmp_path):
-    h, weight = torch.randn(4, 3, 5, 4).double() + 2, torch.randn(4, 3, 5, 4).double()
-    torch.save(h, tmp_path / "h")
-    torch.save(weight, tmp_path / "w")
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    jobs = [subprocess.Popen([sys.executable, "-c", SYNC, str(r), str(tmp_path / "store"),
-                              str(tmp_path / "h"), str(tmp_path / "w")], cwd=ROOT, env=env)
-            for r in range(2)]
-    assert [job.wait() for job in jobs] == [0, 0]
-    parts = [torch.load(tmp_path / f"h{r}") for r in range(2)]
-    norm = spade.SyncBatchNorm(3).double()
-    h.requires_grad_()
-    out = norm(h)
-    (out * weight).sum().backward()
-    torch.testing.assert_close(torch.cat([p[0] for p in parts]), out.detach())
-    torch.testing.assert_close(torch.cat([p[1] for p in parts]), h.grad)
-    for _, _, mean, var in parts:
-        torch.testing.assert_close(mean, norm.running_mean)
-        torch.testing.assert_close(var, norm.running_var)
+# ---- losses --------------------------------------------------------------------------------------
 
 
-def test_block_is_fig_2_11():
-    """conv_1(lrelu(spade(conv_0(lrelu(spade(h)))))) plus a skip that is learned if widths differ,
-    spectrally normalised, without activation."""
-    m = random_map()
-
-    def weight(conv):  # W / sigma by its definition: the largest singular value
-        w = conv.parametrizations.weight.original
-        return w / torch.linalg.matrix_norm(w.flatten(1), 2)
-
-    for b in (3, 5):
-        block = spade.SpadeBlock(5, b, lambda c: spade.Spade(c, 4, 6), spade.SyncBatchNorm, True)
-        block.double()
-        for _ in range(200):  # power iteration converges
-            for conv in [block.conv_0, block.conv_1, *([block.conv_s] if b != 5 else [])]:
-                assert conv.weight.isfinite().all()
-        h = torch.randn(2, 5, 8, 6).double()
-        out = block(h, m)
-        middle = F.conv2d(F.leaky_relu(naive_spade(h, m, block.spade_0), 0.2), weight(block.conv_0),
-                          block.conv_0.bias, padding=1)
-        main = F.conv2d(F.leaky_relu(naive_spade(middle, m, block.spade_1), 0.2),
-                        weight(block.conv_1), block.conv_1.bias, padding=1)
-        skip = h if b == 5 else F.conv2d(naive_spade(h, m, block.spade_s), weight(block.conv_s))
-        torch.testing.assert_close(out, skip + main, rtol=1e-5, atol=1e-5)
-
-
-def test_init_of_the_released_networks():
-    """Spectrally normalised layers keep PyTorch's scale; the others get 0.02 times Glorot."""
-    torch.manual_seed(0)
-    G = spade.generator(spade.get_args(["--data", ".", "--labels", "8", "--ngf", "8"]))
-    for scheme, normal, other in (("released", (3 * 9 * 128)**-0.5, 0.02), ("glorot", None, 1.0)):
-        spade.init_weights(G, scheme)
-        w = G.blocks[0].conv_0.parametrizations.weight.original
-        glorot = (2 / (9 * 128 + 9 * 128))**0.5
-        assert float(w.detach().std()) == pytest.approx(normal or glorot, rel=0.02)
-        w = G.blocks[0].spade_0.gamma_beta.weight
-        assert float(w.detach().std()) == pytest.approx(other * (2 / (9 * 128 + 9 * 256))**0.5,
-                                                        rel=0.02)
-        assert all(float(p.detach().abs().sum()) == 0 for k, p in G.named_parameters()
-                   if k.endswith("bias"))
-
-
-# ---- losses ----------------------------------------------------------------------------------
-
-
-def test_kl_divergence_is_the_closed_form_and_the_integral():
+def test_kl_divergence_is_the_closed_form():
     mu, logvar = torch.randn(3, 2).double(), torch.randn(3, 2).double()
     q = torch.distributions.Normal(mu, (0.5 * logvar).exp())
     p = torch.distributions.Normal(torch.zeros(3, 2).double(), 1.0)
-    expected = torch.distributions.kl_divergence(q, p).sum(1).mean()
-    torch.testing.assert_close(spade.kl_divergence(mu, logvar), expected)
-    z = torch.linspace(-30, 30, 200001).double()
-    q, p = (torch.distributions.Normal(*v) for v in (
-        (mu[0, 0], (0.5 * logvar[0, 0]).exp()), (torch.tensor(0.).double(), 1.0)))
-    integral = torch.trapezoid(q.log_prob(z).exp() * (q.log_prob(z) - p.log_prob(z)), z)
-    torch.testing.assert_close(spade.kl_divergence(mu[:1, :1], logvar[:1, :1]), integral)
-    assert spade.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+    close([spade.kl_divergence(mu, logvar)],
+          [torch.distributions.kl_divergence(q, p).sum(1).mean()])
+    assert spade.kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)) == spade.CHANCE["L_KLD"]
 
 
-def test_reparameterised_samples_have_the_moments_and_pass_gradients():
-    mu, logvar = torch.tensor([[1.5]]).double(), torch.tensor([[0.7]]).double()
-    mu.requires_grad_(), logvar.requires_grad_()
-    z = spade.reparameterise(mu, logvar, torch.randn(100_000, 1).double())
-    assert float(z.detach().mean()) == pytest.approx(1.5, abs=0.02)
-    assert float(z.detach().var()) == pytest.approx(float(logvar.exp()), rel=0.02)
-    z = spade.reparameterise(mu, logvar, torch.tensor([[2.0]]).double())
-    grads = torch.autograd.grad(z, [mu, logvar])
-    assert float(grads[0]) == 1 and float(grads[1]) == pytest.approx(float((z - mu) / 2))
+def test_hinge_signs_and_chance():
+    """D gains from real above 1 and others below -1, nothing beyond; G gains without bound. The
+    last map of a scale counts, and every scale as much as another."""
+    for value, real, fake, G in ((-3.0, 4, 0, 3), (0.0, 1, 1, 0), (3.0, 0, 4, -3)):
+        outs = [[torch.full((2, 1, 3, 3), 7.0), torch.full((2, 1, 2, 2), value)]] * 2
+        assert [float(spade.hinge(outs, True)), float(spade.hinge(outs, False)),
+                float(spade.hinge_G(outs))] == [real, fake, G]
+    scales = [[torch.full((1, 1, 4, 4), 1.0)], [torch.full((1, 1, 2, 2), -2.0)]]
+    assert [float(spade.hinge(scales, True)), float(spade.hinge_G(scales))] == [1.5, 0.5]
+    zero = [[torch.zeros(1, 1, 2, 2)]]
+    assert spade.CHANCE["L_D"] == float(spade.hinge(zero, True) + spade.hinge(zero, False))
 
 
-def test_hinge_signs():
-    """D gains from real above 1 and fake below -1, nothing beyond; G gains without bound."""
-    logits = torch.tensor([-3.0, 0.0, 3.0])
-    assert [float(spade.hinge(p, True)) for p in logits] == [4, 1, 0]
-    assert [float(spade.hinge(p, False)) for p in logits] == [0, 1, 4]
-    assert [float(spade.hinge_generator(p)) for p in logits] == [3, 0, -3]
+# ---- the step ------------------------------------------------------------------------------------
 
 
-def test_feature_matching_is_a_sum_of_means_and_detaches_real():
-    def features():
-        return [[torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(3)] for _ in range(2)]
-
-    fakes, reals = features(), features()
-    loss = spade.feature_matching(fakes, reals)
-    expected = sum(float((f - r).abs().sum()) / f.numel() for a, b in zip(fakes, reals, strict=True)
-                   for f, r in zip(a, b, strict=True)) / 2
-    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
-    loss.backward()
-    assert all(f.grad is not None for scale in fakes for f in scale)
-    assert all(r.grad is None for scale in reals for r in scale)
-
-
-def test_perceptual_loss_weights_and_gradient():
-    vgg = common.VGG(spade.VGG_TAPS, "random", normalise=False)
-    x_hat, x = (torch.rand(1, 3, 32, 32, requires_grad=True) for _ in range(2))
-    loss = spade.perceptual(vgg, x_hat, x)
-    a, b = vgg(x_hat), vgg(x)
-    expected = sum(w * float((a[f"relu{i}_1"] - b[f"relu{i}_1"]).abs().mean().detach())
-                   for i, w in enumerate((1 / 32, 1 / 16, 1 / 8, 1 / 4, 1), start=1))
-    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
-    loss.backward()
-    assert x_hat.grad.abs().sum() > 0 and x.grad is None
-
-
-# ---- the step --------------------------------------------------------------------------------
-
-
-def naive_losses(m, labels, edges, x, args, noise):
-    """The losses of one step as the paper words them, with separate passes: (L_G, L_D, by name)."""
-    n, losses = spade.channels(args)[0], {}
-
-    def label_map():
-        return spade.LabelMap(labels, edges, n)
-
-    z = noise
-    if args.input == "encoder":
-        mu, logvar = m.E(x)
+def naive_step(nets, m, x, args, noise):
+    """Losses and gradients of one step as the paper words them, by the transcriptions above."""
+    p, losses = {name: named(getattr(nets, name)) for name in "GDE" if hasattr(nets, name)}, {}
+    z = None if args.input == "segmap" else noise
+    if "E" in p:
+        mu, logvar = naive_E(p["E"], x, 32)
         z = mu + noise * logvar.exp().sqrt()
-        losses["KLD"] = ((mu**2 + logvar.exp() - logvar - 1) / 2).sum() / len(x)
-    x_hat = m.G(label_map(), z)
-    fake, real, constant = (m.D(label_map(), p) for p in (x_hat, x, x_hat.detach()))
-    losses["GAN"] = -(fake[0][-1].mean() + fake[1][-1].mean()) / 2
-    losses["FM"] = sum((f - r.detach()).abs().mean() for i in (0, 1)
-                       for f, r in zip(fake[i][:-1], real[i][:-1], strict=True)) / 2
-    losses["D"] = sum(F.relu(1 - real[i][-1]).mean() + F.relu(1 + constant[i][-1]).mean()
-                      for i in (0, 1)) / 2
-    L_G = losses["GAN"] + args.lambda_fm * losses["FM"]
-    if args.lambda_vgg > 0:
-        losses["VGG"] = spade.perceptual(m.vgg, x_hat, x)
-        L_G = L_G + args.lambda_vgg * losses["VGG"]
-    if args.input == "encoder":
-        L_G = L_G + args.lambda_kld * losses["KLD"]
-    return L_G, losses["D"], losses
-
-
-@pytest.mark.parametrize("flags", [[], ["--input", "encoder", "--lambda-vgg", "10", "--vgg",
-                                         "random", "--edges"], ["--input", "random"]])
-def test_step_has_the_losses_and_gradients_of_the_paper(flags):
-    """float64, without spectral norm: separate passes would move its vectors further."""
-    args = tiny_args(*flags)
-    m = spade.build(args, CPU)
-    for name, net in vars(m).items():
-        if isinstance(net, nn.Module):
-            net.double()
-            if name != "vgg":
-                spade.init_weights(net, "glorot")
-                for layer in list(net.modules()):
-                    if parametrize.is_parametrized(layer):
-                        parametrize.remove_parametrizations(layer, "weight")
-    for optimiser in (m.opt_G, m.opt_D):
-        optimiser.param_groups[0]["lr"] = 0.0  # leaves its gradients behind, changes nothing
-    m.opt_G.param_groups[0]["params"] = [*m.G.parameters(), *(m.E.parameters() if hasattr(m, "E")
-                                                              else [])]
-    m.opt_D.param_groups[0]["params"] = list(m.D.parameters())
-    labels, edges, x = (t.double() if t.is_floating_point() else t
-                        for t in spade.random_batch(args, CPU))
-    noise = torch.randn(2, args.z, generator=torch.Generator().manual_seed(3)).double()
-    rng = torch.Generator().manual_seed(3)
-    twin = copy.deepcopy({k: v for k, v in vars(m).items() if isinstance(v, nn.Module)})
-    losses = spade.train_step(m, labels, edges, x, args, rng)
-    L_G, L_D, expected = naive_losses(SimpleNamespace(**twin), labels, edges, x, args,
-                                      None if args.input == "segmap" else noise)
-    assert set(losses) == set(expected)
-    for name in losses:
-        torch.testing.assert_close(losses[name], expected[name].detach())
-    for name, loss in (("G", L_G), ("D", L_D), ("E", L_G)):
-        if name in twin:
-            grads = torch.autograd.grad(loss, twin[name].parameters(), retain_graph=True)
-            for p, g in zip(getattr(m, name).parameters(), grads, strict=True):
-                torch.testing.assert_close(p.grad, g)
-
-
-def test_both_networks_move_once_and_the_input_does_not():
-    args = tiny_args("--input", "encoder")
-    m = spade.build(args, CPU)
-    batch = spade.random_batch(args, CPU)
-    before = {name: copy.deepcopy(getattr(m, name).state_dict()) for name in "GDE"}
-    x = batch[2].clone()
-    spade.train_step(m, *batch, args, torch.Generator().manual_seed(0))
-    assert torch.equal(x, batch[2])
-    for name in "GDE":
-        moved = [k for k, p in getattr(m, name).named_parameters()
-                 if not torch.equal(p, before[name][k])]
-        assert len(moved) > len(before[name]) / 4
-    vectors = [k for k in before["G"] if k.endswith("0._u")]
-    state = m.G.state_dict()
-    assert vectors and not torch.equal(state[vectors[0]], before["G"][vectors[0]])
-    assert int(state["blocks.0.norm_0.num_batches_tracked"]) == 1  # one pass of G per step
-
-
-def test_any_batch_size_is_the_mean_over_pictures():
-    """With instance norm pictures are independent: gradients of two are the mean of each one's."""
-    args = tiny_args("--norm", "instance", "--no-spectral", "--init", "glorot", "--size", "64")
-    m = spade.build(args, CPU)
-    m.G.double(), m.D.double()
-    for optimiser in (m.opt_G, m.opt_D):
-        optimiser.param_groups[0]["lr"] = 0.0
-    labels, edges, x = spade.random_batch(args, CPU)
-    edges, x = edges.double(), x.double()
-
-    def gradient(part):
-        spade.train_step(m, labels[part], edges[part], x[part], args, torch.Generator())
-        return torch.cat([p.grad.flatten() for net in (m.G, m.D) for p in net.parameters()])
-
-    both = gradient(slice(0, 2))
-    torch.testing.assert_close(both, (gradient(slice(0, 1)) + gradient(slice(1, 2))) / 2)
+        losses["L_KLD"] = ((mu**2 + logvar.exp() - logvar - 1) / 2).sum() / len(x)
+    x_hat = naive_G(p["G"], m, z, args)
+    fake, real = (naive_D(p["D"], m, picture, args.d_layers) for picture in (x_hat, x))
+    losses["L_GAN"] = -(fake[0][-1].mean() + fake[1][-1].mean()) / 2
+    losses["L_FM"] = sum((f - r.detach()).abs().mean() for i in (0, 1)
+                         for f, r in zip(fake[i][:-1], real[i][:-1], strict=True)) / 2
+    if args.lambda_vgg:
+        weights = nets.vgg.state_dict()
+        losses["L_VGG"] = sum(w * (a - b).abs().mean() for w, a, b in zip(
+            (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1), naive_vgg(weights, x_hat, args.vgg_layers),
+            naive_vgg(weights, x, args.vgg_layers), strict=False))
+    L = (losses["L_GAN"] + args.lambda_fm * losses["L_FM"]
+         + args.lambda_vgg * losses.get("L_VGG", 0) + args.lambda_kld * losses.get("L_KLD", 0))
+    grads = {name: torch.autograd.grad(L, [*p[name].values()], retain_graph=True)
+             for name in "GE" if name in p}
+    fake = naive_D(p["D"], m, x_hat.detach(), args.d_layers)
+    losses["L_D"] = sum((1 - real[i][-1]).clamp(min=0).mean()
+                        + (1 + fake[i][-1]).clamp(min=0).mean() for i in (0, 1)) / 2
+    return losses, grads | {"D": torch.autograd.grad(losses["L_D"], [*p["D"].values()])}
 
 
 @pytest.mark.parametrize("flags", [
-    ["--generator", "concat"], ["--generator", "hd"], ["--generator", "hd-spade"],
-    ["--generator", "hd-concat"], ["--input", "random"], ["--kernel", "1"], ["--kernel", "5"],
-    ["--norm", "batch"], ["--norm", "instance", "--size", "64"], ["--no-spectral"],
-    ["--d-layers", "5"], ["--lambda-fm", "0"], ["--no-ttur"]], ids=" ".join)
-def test_every_comparison_of_tables_2_3_to_2_5_trains(flags):
-    args = tiny_args(*flags)
-    m = spade.build(args, CPU)
-    batch = spade.random_batch(args, CPU)
-    before = [p.clone() for p in m.G.parameters()]
-    losses = spade.train_step(m, *batch, args, torch.Generator().manual_seed(0))
-    assert set(losses) == {"GAN", "FM", "D"} - ({"FM"} if "--lambda-fm" in flags else set())
-    assert all(torch.isfinite(loss) for loss in losses.values())
-    moved = [not torch.equal(p, q) for p, q in zip(m.G.parameters(), before, strict=True)]
-    assert sum(moved) > len(moved) / 2
+    [], [*STYLED, "--lambda-vgg", "5", "--vgg", "random", "--vgg-layers", "2"],
+    ["--input", "random", "--d-layers", "3", "--lambda-fm", "0", "--lambda-vgg", "3", "--vgg",
+     "random", "--vgg-layers", "5", "--no-channels-last"],
+    [*STYLED, "--unlabelled", "255", "--batch", "3"]], ids=" ".join)
+def test_step_is_the_objective(flags):
+    """Losses and all gradients in float64, every input and term, with weights far apart."""
+    args = tiny_args("--lambda-fm", 7, "--lambda-kld", 0.6, *flags)
+    nets = lively(spade.build(args, CPU))
+    m, x = random_m(args, args.batch), noise(args.batch, 3, 32, 32)
+    eps = torch.randn(args.batch, 5, generator=rng(3)).double()
+    expected, grads = naive_step(nets, m, x, args, eps)
+    losses = spade.train_step(nets, m, x, args, rng(3))
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        assert float(losses[name].detach()) == pytest.approx(float(value.detach()), rel=1e-8), name
+    for name in grads:
+        close([p.grad for p in getattr(nets, name).parameters()], grads[name], 1e-6, 1e-9)
 
 
-def test_amp_step_is_finite_and_close():
-    args = tiny_args("--init", "glorot", "--input", "encoder")
-    losses = []
-    for flags in ([], ["--amp"]):
-        args = tiny_args("--init", "glorot", "--input", "encoder", *flags)
-        m = spade.build(args, CPU)
-        torch.manual_seed(0)
-        losses.append(spade.train_step(m, *spade.random_batch(args, CPU), args,
-                                       torch.Generator().manual_seed(0)))
-    for name in losses[0]:
-        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.2, abs=0.2)
+def test_d_learns_from_the_picture_that_g_was_judged_by():
+    """x_hat is not painted anew: one pass of G, whose statistics move once; D still learns."""
+    args = tiny_args("--batch", 2)
+    nets, seen = spade.build(args, CPU), []
+    nets.D.register_forward_pre_hook(lambda D, inputs: seen.append(inputs[1].detach().clone()))
+    x = noise(2, 3, 32, 32, dtype=torch.float32)
+    spade.train_step(nets, random_m(args, dtype=torch.float32), x, args, rng())
+    x_hats = [picture for picture in seen if not torch.equal(picture, x)]
+    assert len(seen) == 4 and len(x_hats) == 2 and torch.equal(*x_hats)
+    assert int(nets.G.head.spade_0.norm.num_batches_tracked) == 1
+    assert all(p.requires_grad for p in nets.D.parameters())
 
 
-# ---- data ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [STYLED, [*STYLED, "--amp"], ["--input", "random"], []],
+                         ids=" ".join)
+def test_every_weight_learns_and_losses_are_float32(flags):
+    args = tiny_args("--init", "glorot", *flags)
+    nets = spade.build(args, CPU)
+    m, x = random_m(args, dtype=torch.float32), noise(2, 3, 32, 32, dtype=torch.float32)
+    before = {name: named(getattr(nets, name)) for name in "GDE" if hasattr(nets, name)}
+    for step in range(2):
+        losses = spade.train_step(nets, m, x, args, rng(step))
+        assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
+    for name, old in before.items():
+        for key, p in getattr(nets, name).named_parameters():
+            # a bias before a norm has no effect, and G's hidden ReLUs may all be off
+            assert "bias" in key or not torch.equal(p, old[key]), (name, key)
 
 
-def test_pairs_and_samples(folder):
+@pytest.mark.slow
+def test_compile_does_not_compile_anew_at_every_step():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    args = tiny_args("--compile")
+    nets = spade.build(args, CPU)
+    m, x = random_m(args, dtype=torch.float32), noise(2, 3, 32, 32, dtype=torch.float32)
+    graphs = []
+    for step in range(4):
+        spade.train_step(nets, m, x, args, rng(step))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[2] == graphs[3]
+
+
+# ---- the other generators of Tab. 2.3 ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [
+    pix2pixhd.ConcatGenerator, pix2pixhd.HDGenerator,
+    lambda *a: pix2pixhd.HDGenerator(*a, "spade"), lambda *a: pix2pixhd.HDGenerator(*a, "concat")])
+def test_the_other_generators_learn_and_normalise(make):
+    args = tiny_args("--doublings", 4, "--edges", "--init", "glorot")
+    G, m = spade.init_weights(make(args, 5), "glorot"), random_m(args, dtype=torch.float32)
+    G(m).square().mean().backward()
+    assert G(m).shape == (2, 3, 32, 32)
+    assert all(p.grad is not None for p in G.parameters())
+    assert pix2pixhd.instance_normalised(G)(m).shape == (2, 3, 32, 32)
+    assert not any(isinstance(n, torch.nn.BatchNorm2d) for n in G.modules())
+
+
+def test_concat_hands_m_to_the_convolution():
+    m, h = random_m(tiny_args(), 2, 8, 8, torch.float32), torch.randn(2, 3, 4, 4)
+    out = pix2pixhd.Concat(3)(h, m)
+    close([out[:, 3:], out[:, :3]], [nearest(m, 4, 4), F.batch_norm(h, None, None, training=True)],
+          1e-5, 1e-5)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def test_samples_are_cropped_and_mirrored_alike(folder):
     args = spade.get_args(["--data", str(folder), *TINY, "--edges"])
     pairs = spade.find_pairs(folder, "train", True)
     spade.check_pairs(pairs, args)
-    assert [p.image.name for p in pairs] == [f"{i}.jpg" for i in range(5)]
-    data = spade.LabelledPictures(pairs, args)
-    seen = set()
-    for n in range(5):
+    assert [p[0].name for p in pairs] == [f"{i}.png" for i in range(5)]
+    data, seen, mirrored = spade.LabelledPictures(pairs, args), set(), 0
+    for n in range(10):
         labels, edges, x = data[n]
         assert labels.shape == (32, 32) and edges.shape == (1, 32, 32) and x.shape == (3, 32, 32)
         assert torch.equal(x, data[n][2])  # a function of n
         instances = Image.fromarray(labels.numpy().astype(np.uint8))
-        assert torch.equal(edges, spade.border(instances))  # cropped and mirrored alike
-        seen.add(tuple(labels.flatten().tolist()))
-        red = x[:, labels == 0].mean(1)
-        assert red[0] > 0.2 and red[1] < 0  # the picture went with its labels
-    assert len(seen) == 5  # one epoch shows each pair once
+        assert torch.equal(edges, spade.border(instances))
+        i = common.shuffled(5, common.mix(0, "epoch", n // 5))[n % 5]
+        seen.add((n // 5, i))
+        big = [Image.open(f).resize((36, 36), how) for f, how in zip(
+            pairs[i], (Image.BICUBIC, Image.NEAREST), strict=False)]
+        places = [(dx, dy, flip) for dx in range(5) for dy in range(5) for flip in (False, True)
+                  if np.array_equal(np.asarray(part := big[1].crop((dx, dy, dx + 32, dy + 32)))[
+                      :, ::-1 if flip else 1], labels) and part]
+        picture = {tuple(place): np.asarray(big[0].crop((*place[:2], place[0] + 32, place[1] + 32))
+                                            )[:, ::-1 if place[2] else 1] for place in places}
+        ours = ((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        found = [place for place, p in picture.items() if np.array_equal(p, ours)]
+        assert len(found) == 1, n
+        mirrored += found[0][2]
+    assert len(seen) == 10 and 0 < mirrored < 10
+    test = spade.test_batch(pairs, args)
+    whole = Image.open(pairs[0][0]).resize((32, 32), Image.BICUBIC)
+    close([test[2][0]], [common.to_tensor(whole)], 0, 0)
 
 
-def test_unlabelled_ids_become_the_last_channel(folder):
-    label = np.array(Image.open(folder / "train_label/0.png"))
-    label[:5] = 255
-    Image.fromarray(label).save(folder / "train_label/0.png")
-    pairs = spade.find_pairs(folder, "train")
-    args = spade.get_args(["--data", str(folder), *TINY])
-    with pytest.raises(common.UserError, match="train_label/0.png: label ids 255 out of "
-                                               "range: expected 0 to 3 .*--unlabelled"):
-        spade.check_pairs(pairs, args)
-    args = spade.get_args(["--data", str(folder), *TINY, "--unlabelled", "255"])
-    spade.check_pairs(pairs, args)
-    labels = spade.to_labels(common.open_ids(pairs[0].label), args)
-    assert labels.max() == 4 and (labels == 4).sum() == 5 * 40 and spade.channels(args) == (5, 5)
-    assert (spade.counted(labels, args) == -1).sum() == 5 * 40
-    args = spade.get_args(["--data", str(folder), *TINY, "--unlabelled", "0", "--ignore", "2"])
-    labels = spade.to_labels(common.open_ids(folder / "train_label/1.png"), args)
-    assert spade.channels(args) == (4, 4)  # an id among the others: a channel as any
-    assert torch.equal(spade.counted(labels, args) == -1, (labels == 0) | (labels == 2))
+def test_one_hot_and_unlabelled_ids(folder):
+    args = tiny_args("--unlabelled", "255", "0", "--edges")
+    assert spade.m_channels(args) == 6
+    labels = spade.to_labels(Image.fromarray(np.array([[0, 3], [255, 1]], dtype=np.uint8)), args)
+    assert labels.tolist() == [[0, 3], [4, 1]]
+    edges = torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]])
+    m = spade.one_hot(labels[None], edges, args)
+    assert m.shape == (1, 6, 2, 2) and torch.equal(m[:, 5:], edges)
+    for y in (0, 1):
+        for x in (0, 1):
+            assert m[0, :5, y, x].tolist() == [float(i == labels[y, x]) for i in range(5)]
+    assert spade.m_channels(tiny_args("--unlabelled", "0")) == 4   # an id among the others
+
+
+def test_border_marks_both_sides():
+    im = Image.fromarray(np.array([[7, 7, 7, 9], [7, 7, 7, 9], [7, 7, 7, 7]], dtype=np.uint8))
+    assert spade.border(im)[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
 
 
 def test_label_count_is_found(folder, capsys):
-    flags = [f for i, f in enumerate(TINY) if "--labels" not in TINY[max(0, i - 1):i + 1]]
-    args = spade.get_args(["--data", str(folder), *flags])
+    args = tiny_args()
+    args.labels = None
     spade.check_pairs(spade.find_pairs(folder, "train"), args)
     assert args.labels == 4 and "--labels 4" in capsys.readouterr().out
 
 
-def test_other_layouts(tmp_path):
-    city, ade = tmp_path / "cityscapes", tmp_path / "ADEChallengeData2016"
+def test_layouts_of_cityscapes_and_ade20k(tmp_path):
+    city, ade = tmp_path / "city", tmp_path / "ADEChallengeData2016"
     grey, rgb = Image.new("L", (8, 4), 3), Image.new("RGB", (8, 4))
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         for town in ("aachen", "bonn"):
-            (city / "leftImg8bit" / split / town).mkdir(parents=True)
-            (city / "gtFine" / split / town).mkdir(parents=True)
+            for folder in ("leftImg8bit", "gtFine"):
+                (city / folder / split / town).mkdir(parents=True)
             name = f"{town}_000000_000019"
             rgb.save(city / f"leftImg8bit/{split}/{town}/{name}_leftImg8bit.png")
             for kind in ("labelIds", "instanceIds"):
@@ -591,306 +603,219 @@ def test_other_layouts(tmp_path):
         (ade / "annotations" / split).mkdir(parents=True)
         rgb.save(ade / f"images/{split}/ADE_1.jpg")
         grey.save(ade / f"annotations/{split}/ADE_1.png")
-    for split in ("train", "test"):
+    for split, theirs in (("train", "train"), ("test", "val")):  # its test maps are blank
         pairs = spade.find_pairs(city, split, edges=True)
-        assert [p.label.name[:4] for p in pairs] == ["aach", "bonn"]
-        assert all("labelIds" in p.label.name and "instanceIds" in p.inst.name for p in pairs)
-        assert spade.find_pairs(ade, split)[0].image.name == "ADE_1.jpg"
+        assert [p[1].name[:4] for p in pairs] == ["aach", "bonn"]
+        assert all("labelIds" in p[1].name and "instanceIds" in p[2].name for p in pairs)
+        assert all(p[0].parts[-3] == theirs for p in pairs)
+        assert spade.find_pairs(ade, split)[0][0].name == "ADE_1.jpg"
     assert spade.get_args(["--data", str(city)]).labels == 35
     assert spade.get_args(["--data", str(ade)]).labels == 151
 
 
+def spoilt(folder, path, spoil):
+    """A copy of the folder in which spoil(file) has been done to one file."""
+    for f in folder.rglob("*.png"):
+        (path / f.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        (path / f.relative_to(folder)).write_bytes(f.read_bytes())
+    spoil(path)
+    return path
+
+
 @pytest.mark.parametrize("spoil, message", [
-    (lambda d: (d / "train_label/2.png").unlink(), r"train_img/2.jpg: has no file of that name"),
-    (lambda d: (d / "train_img/2.jpg").unlink(), r"train_label/2.png: has no file of that name"),
+    (lambda d: (d / "train_label/2.png").unlink(), "train_img/2.png: has no label map"),
+    (lambda d: (d / "train_img/2.png").unlink(), "train_label/2.png: has no picture"),
+    (lambda d: (d / "train_inst/2.png").unlink(), "train_img/2.png: has no instance map"),
     (lambda d: Image.new("L", (20, 36)).save(d / "train_label/2.png"),
-     r"train_label/2.png: 20x36 pixels, but .*train_img/2.jpg has 40x36"),
+     "train_label/2.png: 20x36 pixels, but .*train_img/2.png has 40x36"),
     (lambda d: Image.new("L", (40, 36), 77).save(d / "train_label/2.png"),
-     r"train_label/2.png: label ids 77 out of range: expected 0 to 3"),
+     "train_label/2.png: label ids \\[77\\] out of range: expected 0 to 3"),
     (lambda d: Image.new("RGB", (40, 36)).save(d / "train_label/2.png"),
-     r"train_label/2.png: expected a map of ids with one channel, found RGB"),
-    (lambda d: (d / "train_label/2.png").write_bytes(b"not a picture"),
-     r"train_label/2.png: not a readable picture"),
-    (lambda d: (d / "train_img").rename(d / "pictures"), r"no train pictures with label maps"),
+     "train_label/2.png: expected a map of ids with one channel, found RGB"),
+    (lambda d: (d / "train_label/2.png").write_bytes(b"no"), "train_label/2.png: not a readable"),
+    (lambda d: (d / "train_img/2.png").write_bytes(b"no"), "train_img/2.png: not a readable"),
+    (lambda d: (d / "train_img").rename(d / "pictures"), "train_label/0.png: has no picture"),
+    (lambda d: [(d / f"train_{k}").rename(d / k) for k in ("img", "label")],
+     "no train pictures with label maps"),
     (lambda d: Image.new("L", (40, 36), 9).save(d / "test_label/1.png"),
-     r"test_label/1.png: label ids 9 out of range")])
+     "test_label/1.png: label ids \\[9\\] out of range")])
 def test_bad_data_is_named_before_training(folder, tmp_path, spoil, message):
-    spoil(folder)
+    data = spoilt(folder, tmp_path / "data", spoil)
     with pytest.raises(common.UserError, match=message):
-        spade.main(["--data", str(folder), *TINY, "--steps", "1", "--out", str(tmp_path / "run")])
+        run("--data", data, *TINY, "--edges", "--steps", "1", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--size", "40"], "--size 40: must be a multiple of 32"),
-    (["--height", "48"], "--height 48: must be a multiple of 32"),
-    (["--batch", "1"], "--batch 1: G would start"),
-    (["--upsampling", "most"], "--size 32: must be a multiple of 128"),
-    (["--encoder-side", "24"], "power of two"), (["--labels", "0"], "--labels 0"),
-    (["--generator", "hd", "--input", "random"], "--generator hd"),
-    (["--exemplar", "x.png"], "--exemplar")])
-def test_bad_flags(flags, message):
-    with pytest.raises(common.UserError, match=message):
-        tiny_args(*flags)
+def test_training_pictures_are_never_scored_in_silence(folder, tmp_path, capsys):
+    data = spoilt(folder, tmp_path / "data", lambda d: [
+        (d / f"test_{k}").rename(d / f"val_{k}") for k in ("img", "label")])
+    assert spade.find_pairs(data, "test")[0][0].parent.name == "val_img"
+    assert capsys.readouterr().out == ""
+    (data / "val_img").rename(data / "other")
+    (data / "val_label").rename(data / "more")
+    assert spade.find_pairs(data, "test")[0][0].parent.name == "train_img"
+    assert "no test pictures: these are training pictures" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="no val pictures"):
+        spade.find_pairs(data, "val")
 
 
-def test_maps_keep_palette_indices_and_16_bits(tmp_path):
-    ids = np.array([[0, 1], [2, 3]], dtype=np.uint8)
-    palette = Image.fromarray(ids).convert("P")
-    palette = Image.fromarray(ids, mode="P") if palette.getpixel((1, 1)) != 3 else palette
-    palette.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
-    palette.save(tmp_path / "p.png")
-    assert np.asarray(common.open_ids(tmp_path / "p.png")).tolist() == ids.tolist()
-    Image.fromarray(ids.astype(np.uint16) * 20000).save(tmp_path / "i.png")
-    assert np.asarray(common.open_ids(tmp_path / "i.png")).tolist() == (ids * 20000.).tolist()
+# ---- runs ----------------------------------------------------------------------------------------
 
 
-# ---- the script as its users run it ----------------------------------------------------------
+@pytest.mark.parametrize("flags, constant", [([], 10), (["--decay-from", "1"], 20)])
+def test_what_train_applies(folder, tmp_path, monkeypatch, flags, constant):
+    """Both rates, constant and then falling from 1 to 1/10; m; a noise of its own for each step."""
+    seen = []
+
+    def train_step(nets, m, x, args, rng):
+        seen.append([o.param_groups[0]["lr"] for o in (nets.opt_G, nets.opt_D)])
+        assert m.shape == (1, 5, 32, 32) and torch.equal(m[:, :4].sum(1), torch.ones(1, 32, 32))
+        assert x.shape == (1, 3, 32, 32)
+        seen[-1].append(float(torch.rand((), generator=rng)))
+        return {"L_D": torch.tensor(1.0)}
+
+    monkeypatch.setattr(spade, "train_step", train_step)
+    run("--data", folder, *TINY, "--edges", *flags, "--size", 32, "--epochs", 4, "--batch", 1,
+        "--out", tmp_path / "run", "--sample-every", 100)
+    factor = np.array([1.0] * constant + [(20 - step) / 10 for step in range(constant, 20)])
+    assert np.allclose([s[:2] for s in seen], factor[:, None] * [1e-4, 4e-4], rtol=1e-9)
+    assert len({s[2] for s in seen}) == 20
 
 
-def test_train_resume_translate_evaluate(folder, tmp_path, capsys, monkeypatch):
-    flags = ["--data", str(folder), *TINY, "--input", "encoder", "--edges", "--batch", "2"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    spade.main([*flags, "--steps", "4", "--decay-from", "1", "--out", str(whole)])
-    spade.main([*flags, "--steps", "2", "--decay-from", "1", "--out", str(parts)])
-    spade.main([*flags, "--steps", "4", "--decay-from", "1", "--out", str(parts), "--resume"])
-    a, b = (torch.load(run / "last.pt", weights_only=True)["parts"] for run in (whole, parts))
-    for name in a:
-        for x, y in zip(flat(a[name]), flat(b[name]), strict=True):
-            assert torch.equal(x, y), name
-    assert (whole / "log.csv").read_text().splitlines()[0] == "step,KLD,GAN,FM,D,seconds"
-    grid = Image.open(sorted((whole / "samples").iterdir())[-1])
-    assert grid.width > 6 * 128
-    last = str(whole / "last.pt")
+def test_run_folder_and_resumed_run_is_bit_identical(folder, trained, tmp_path):
+    rows = (trained / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,L_GAN,L_FM,L_D,L_KLD,seconds" and len(rows) == 5
+    flags = ["--data", folder, *TINY, *STYLED, "--steps", 4, "--out", tmp_path / "run"]
+    interrupted(spade, lambda: run(*flags))
+    run(*flags, "--resume")
+    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (trained, tmp_path / "run"))
+    assert a["step"] == b["step"] == 4
+    assert_same(a["parts"], b["parts"])
+    grid = Image.open(sorted((trained / "samples").iterdir())[-1])
+    assert grid.width == 5 * (128 + 4) + 4       # m, x, own style, another's style, z
 
-    out = tmp_path / "out"
-    maps = str(folder / "test_label")
-    for name, more in (("z0", []), ("z1", ["--z-seed", "1"]),
-                       ("ex", ["--exemplar", str(folder / "test_img/0.jpg"), "--inst",
-                               str(folder / "test_inst")])):
-        spade.main(["--translate", maps, "--weights", last, "--out", str(out / name), "--device",
-                    "cpu", *more])
-        pictures = [Image.open(f) for f in sorted((out / name).iterdir())]
-        assert [p.size for p in pictures] == [(40, 36)] * 3  # the maps' size
-    paints = [np.asarray(Image.open(out / name / "0.png")).astype(int) for name in ("z0", "z1")]
-    assert np.abs(paints[0] - paints[1]).max() > 0
-    with pytest.raises(common.UserError, match="out of range"):
-        Image.new("L", (9, 9), 200).save(tmp_path / "bad.png")
-        spade.main(["--translate", str(tmp_path / "bad.png"), "--weights", last])
-    with pytest.raises(common.UserError, match="would be overwritten"):
-        spade.main(["--translate", maps + "/0.png", "--weights", last, "--out", maps])
 
-    capsys.readouterr()
-    net, seen = str(tmp_path / "fcn.pt"), {}
+@pytest.mark.slow
+def test_two_processes_have_the_same_weights(folder, tmp_path):
+    """Averaged gradients. On CPUs each takes its own batch statistics, and its own noise."""
+    code = ("import sys, torch, common, spade; save = common.Run.save\n"
+            "def keep(run):\n"
+            "    save(run); torch.save({n: {k: p for k, p in run.parts[n].named_parameters()}\n"
+            "        for n in 'GDE'}, run.folder / f'rank{run.rank}.pt')\n"
+            "common.Run.save = keep; spade.main(sys.argv[1:])")
+    env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE="2",
+               MASTER_PORT=str(20000 + os.getpid() % 20000))
+    flags = ["--data", str(folder), *TINY, *STYLED, "--steps", "2", "--out", str(tmp_path / "two")]
+    jobs = [subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT,
+                             env=dict(env, RANK=str(rank))) for rank in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    first, second = (torch.load(tmp_path / f"two/rank{rank}.pt") for rank in range(2))
+    assert_same(first, second)
+    start = spade.build(spade.get_args(flags), CPU)
+    assert not torch.equal(first["G"]["to_rgb.weight"], start.G.to_rgb.weight)
+
+
+# ---- translate and evaluate ----------------------------------------------------------------------
+
+
+def test_translate_is_g_at_the_maps_sizes(folder, trained, tmp_path, capsys):
+    last, maps, out = trained / "last.pt", folder / "test_label", tmp_path / "out"
+    for name, more in (("z0", []), ("z1", ["--seed", 1]), ("ex", [
+            "--exemplar", folder / "test_img/0.png", "--inst", folder / "test_inst"])):
+        run("--translate", maps, "--weights", last, "--out", out / name, *more)
+        assert [Image.open(f).size for f in sorted((out / name).iterdir())] == [(40, 36)] * 3
+    args = spade.get_args(["--data", str(folder), "--weights", str(last)])
+    nets = spade.load_networks(args, CPU)
+    picture = common.to_tensor(common.open_rgb(folder / "test_img/0.png"))[None]
+    with torch.no_grad():
+        z = nets.E.eval()(picture)[0]                                    # the mean, not a sample
+        m, _, _ = (t[None] for t in spade.LabelledPictures(
+            spade.find_pairs(folder, "test", True), args, augment=False)[1])
+        edges = spade.test_batch(spade.find_pairs(folder, "test", True), args)[1][1:2]
+        x_hat = nets.G.eval()(spade.one_hot(m, edges, args), z)[0]
+    expected = common.to_pil(x_hat).resize((40, 36), Image.BICUBIC)
+    paints = {n: np.asarray(Image.open(out / n / "1.png")).astype(int) for n in ("z0", "z1", "ex")}
+    assert np.abs(paints["ex"] - np.asarray(expected)).max() <= 1
+    assert np.abs(paints["z0"] - paints["z1"]).max() > 0
+    Image.new("L", (9, 9), 200).save(tmp_path / "bad.png")
+    line = error_of(capsys, spade.main, "--translate", tmp_path / "bad.png", "--weights", last)
+    assert "bad.png: label ids [200] out of range" in line
+    assert "would be overwritten" in error_of(capsys, spade.main, "--translate", maps, "--weights",
+                                              last, "--out", maps)
+
+
+def test_matrix_has_the_paints_of_every_style(folder, trained, tmp_path):
+    figures.main(["spade", "matrix", "--weights", str(trained / "last.pt"), "--data", str(folder),
+                  "--out", str(tmp_path), "--device", "cpu"])
+    args = spade.get_args(["--data", str(folder), "--weights", str(trained / "last.pt")])
+    test = spade.test_batch(spade.find_pairs(folder, "test", True), args)
+    nets = spade.load_networks(args, CPU)
+    z = spade.style(nets, test[2][:1]).expand(2, -1)
+    expected = common.to_pil(spade.paint(nets, [t[1:] for t in test], z, args)[1])
+    with Image.open(tmp_path / "matrix.png") as im:   # three rows and two columns of 128 pixels
+        tile = im.crop((136, 284, 264, 412)).resize((32, 32), Image.NEAREST)
+    assert np.array_equal(np.asarray(tile), np.asarray(expected))
+
+
+def test_each_answer_has_its_style(folder, trained):
+    """Own style: q's mean of the picture itself; another's: of the next; z: one for each map."""
+    args = spade.get_args(["--data", str(folder), "--weights", str(trained / "last.pt")])
+    nets, test = spade.load_networks(args, CPU), spade.test_batch(
+        spade.find_pairs(folder, "test", True), args)
+    m = spade.one_hot(*test[:2], args)
+    with torch.no_grad():
+        mu = torch.cat([nets.E.eval()(x)[0] for x in test[2].split(1)])
+        nets.G.eval()
+        z = torch.randn(3, 5, generator=rng(args.seed))
+        expected = {"own style": mu, "another's style": mu[[1, 2, 0]], "z": z}
+        expected = {name: nets.G(m, z) for name, z in expected.items()}
+    found = spade.answers(nets, test, args)
+    assert [*found] == [*expected] and nets.G.training
+    close([*found.values()], [*expected.values()], 1e-4, 1e-5)
+
+
+def test_evaluate_prints_scores_of_the_painted_test_set(folder, trained, tmp_path, monkeypatch,
+                                                        capsys):
+    seen, net = {}, tmp_path / "fcn.pt"
 
     def fid(fakes, reals, device, weights):
         seen.update(fakes=torch.cat(list(fakes)), reals=torch.cat(list(reals)), weights=weights)
         return 12.5
 
     monkeypatch.setattr(metrics, "fid", fid)
+    monkeypatch.setattr(reading, "STEPS", 5)
     for _ in range(2):  # the second time the segmentation network is read
-        spade.main(["--evaluate", "--weights", last, "--data", str(folder), "--segmenter", net,
-                    "--segmenter-steps", "30", "--fid-weights", "w.pth"])
+        run("--evaluate", "--weights", trained / "last.pt", "--data", folder, "--segmenter", net,
+            "--fid-weights", "w.pth")
     lines = capsys.readouterr().out.splitlines()
     mIoU = [line for line in lines if line.startswith("mIoU")]
     assert mIoU[0] == mIoU[1] and "real pictures" in mIoU[0]
     assert "FID (3 painted, 3 real, 299x299): 12.5 (lower is better)" in lines
-    args = spade.get_args(["--data", str(folder), "--weights", last])
-    m = spade.load_networks(args, CPU)
-    labels, edges, x = spade.test_batch(spade.find_pairs(folder, "test", True), args)
-    z = spade.style(m, x, CPU)
-    torch.testing.assert_close(seen["fakes"], spade.synthesise(m, labels, edges, z, args, CPU))
-    assert torch.equal(seen["reals"], x) and seen["weights"] == "w.pth"
+    args = spade.get_args(["--data", str(folder), "--weights", str(trained / "last.pt")])
+    test = spade.test_batch(spade.find_pairs(folder, "test", True), args)
+    own = spade.answers(spade.load_networks(args, CPU), test, args)["own style"]
+    assert torch.equal(seen["fakes"], own) and torch.equal(seen["reals"], test[2])
+    assert seen["weights"] == "w.pth"
 
 
+def test_label_scores_by_a_torchscript_network(tmp_path):
+    """It reads brightness; what is skipped does not count, what is only found costs."""
+    class Reader(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([(x[:, 0] < 0).float(), (x[:, 0] >= 0).float(), x[:, 1]], dim=1)
 
-RANK = """
-import sys, torch, common, spade
-save = common.Run.save
-def keep(run):
-    save(run)
-    torch.save({n: run.parts[n].state_dict() for n in "GD"}, run.folder / f"rank{run.rank}.pt")
-common.Run.save = keep
-spade.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):
-    """Synchronised statistics and averaged gradients: the same weights on both, and on one."""
-    flags = ["--data", str(folder), *TINY, "--size", "64", "--load", "64", "--height", "32",
-             "--steps", "2", "--init", "glorot", "--batch"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE="2",
-               MASTER_PORT=str(20000 + os.getpid() % 20000))
-    two = [sys.executable, "-c", RANK, *flags, "1", "--out", str(tmp_path / "two")]
-    jobs = [subprocess.Popen(two, cwd=ROOT, env=dict(env, RANK=str(rank))) for rank in range(2)]
-    spade.main([*flags, "2", "--out", str(tmp_path / "one")])
-    assert [job.wait() for job in jobs] == [0, 0]
-    first, second = (torch.load(tmp_path / f"two/rank{rank}.pt") for rank in range(2))
-    one = torch.load(tmp_path / "one/last.pt", weights_only=True)["parts"]
-    start = spade.build(spade.get_args([*flags, "2"]), CPU)
-    for net in "GD":
-        moved = apart = 0.0
-        for key, was in getattr(start, net).state_dict().items():
-            if was.is_floating_point():
-                assert torch.equal(first[net][key], second[net][key]), key
-            if key.endswith(("weight", "original")):
-                moved += float((one[net][key] - was).abs().sum())
-                apart += float((one[net][key] - first[net][key]).abs().sum())
-        assert moved > 0 and apart < 0.02 * moved, (net, apart / moved)
-
-
-def flat(state):
-    if torch.is_tensor(state):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(
-        state, (list, tuple)) else []
-    return [t for v in values for t in flat(v)]
-
-
-def test_checkpoint_holds_spectral_norm_exactly(tmp_path):
-    """No moving average anywhere: a loaded network computes the very same numbers."""
-    args = tiny_args("--input", "encoder")
-    m = spade.build(args, CPU)
-    batch = spade.random_batch(args, CPU)
-    for i in range(2):
-        spade.train_step(m, *batch, args, torch.Generator().manual_seed(i))
-    args.run_folder = str(tmp_path)
-    run = common.Run("spade", args)
-    run.resume_or_start({k: v for k, v in vars(m).items()})
-    run.save()
-    args = spade.get_args(["--data", ".", "--weights", str(tmp_path / "last.pt")])
-    loaded = spade.load_networks(args, CPU)
-    z = spade.style(loaded, batch[2], CPU)
-    pictures = [spade.synthesise(net, *batch[:2], z, args, CPU) for net in (m, loaded)]
-    torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-5, atol=1e-5)
-    state = torch.load(tmp_path / "last.pt", weights_only=True)["parts"]["G"]
-    for key, value in m.G.state_dict().items():
-        assert torch.equal(state[key], value)
-    assert not any(parametrize.is_parametrized(layer) for layer in loaded.G.modules())  # folded
-
-
-def official_names(G, E):
-    """State dicts as the authors' code saves them: old spectral norm, gamma apart from beta."""
-    def old(key):
-        return (key.replace("parametrizations.weight.original", "weight_orig")
-                .replace("parametrizations.weight.0._", "weight_"))
-
-    states = {}, {}
-    for key, value in G.state_dict().items():
-        key = old(key)
-        for i, name in enumerate(released.SPADE_BLOCKS):
-            key = key.replace(f"blocks.{i}.", name + ".")
-        key = key.replace("to_rgb", "conv_img")
-        for j in "01s":
-            key = key.replace(f"spade_{j}.shared", f"norm_{j}.mlp_shared.0")
-            key = key.replace(f"spade_{j}.gamma_beta", f"norm_{j}.mlp_gamma")
-            key = key.replace(f"norm_{j}.running", f"norm_{j}.param_free_norm.running")
-            key = key.replace(f"norm_{j}.num", f"norm_{j}.param_free_norm.num")
-        if "mlp_gamma" in key:
-            gamma, beta = value.chunk(2)
-            states[0][key], states[0][key.replace("gamma", "beta")] = gamma, beta
-            continue
-        states[0][key] = value
-        if "norm_0.param_free" in key and key.split(".")[0] + ".conv_s.weight_orig" in {
-                old(k).replace(f"blocks.{i}.", n + ".") for k in G.state_dict()
-                for i, n in enumerate(released.SPADE_BLOCKS)}:
-            states[0][key.replace("norm_0", "norm_s")] = value
-    for key, value in E.state_dict().items():
-        key = old(key).replace("mu.", "fc_mu.").replace("logvar.", "fc_var.")
-        for i in range(6):
-            key = key.replace(f"convs.{i}.", f"layer{i + 1}.0.")
-        states[1][key] = value
-    return states
-
-
-@pytest.mark.parametrize("tracked", [True, False])
-def test_released_weights_load(tmp_path, tracked):
-    """The authors' layout with its own names; the picture is the one that the same weights paint
-    when they are ours. Key names and shapes are those listed for the COCO generator."""
-    flags = ["--data", ".", "--labels", "4", "--input", "encoder", "--ngf", "2", "--hidden", "6",
-             "--size", "32", "--encoder-side", "16", "--z", "5"]
-    args = spade.get_args(flags)
-    torch.manual_seed(1)
-    G = spade.init_weights(spade.generator(args), "glorot")
-    E = spade.init_weights(spade.Encoder(2, 5, 16), "glorot")
-    states = official_names(G, E)
-    assert {"head_0.conv_0.weight_u", "up_3.norm_s.param_free_norm.running_var", "fc_mu.weight",
-            "up_0.norm_s.mlp_beta.bias", "conv_img.weight", "layer2.0.weight_v"} <= {
-                *states[0], *states[1]}
-    for state, name in zip(states, "GE", strict=True):
-        torch.save({k: v for k, v in state.items() if tracked or "num_batches" not in k},
-                   tmp_path / f"{name}.pth")
-    given = spade.get_args(["--data", ".", "--labels", "4", "--size", "32", "--device", "cpu",
-                            "--weights", str(tmp_path / "G.pth"), "--encoder-weights",
-                            str(tmp_path / "E.pth")])
-    m = spade.load_networks(given, CPU)
-    labels, edges, x = spade.random_batch(spade.get_args(["--data", ".", *TINY]), CPU)
-    ours = SimpleNamespace(G=G.eval(), E=E.eval())
-    for part in (m, ours):
-        part.z = spade.style(part, x, CPU)
-    torch.testing.assert_close(m.z, ours.z)
-    torch.testing.assert_close(spade.synthesise(m, labels, edges, m.z, given, CPU),
-                               spade.synthesise(ours, labels, edges, ours.z, args, CPU))
-    torch.save({"x": torch.zeros(3)}, tmp_path / "G.pth")
-    with pytest.raises(common.UserError, match="neither a checkpoint"):
-        spade.load_networks(given, CPU)
-
-
-def test_released_key_names():
-    """The full-size generator's renamed keys are the 234 minus norm_s' statistics."""
-    args = spade.get_args(["--data", "coco"])
-    with torch.device("meta"):
-        G, E = spade.generator(args), spade.Encoder()
-    states = official_names(G, E)
-    assert len(states[0]) == 234 and len(states[1]) == 22
-    renamed = released.spade_names(states[0])
-    expected = {k: v.shape for k, v in G.state_dict().items() if "num_batches" not in k}
-    assert {k: v.shape for k, v in renamed.items()} == expected
-
-
-def test_label_scores_of_the_real_pictures_and_of_noise(folder):
-    """The segmentation network is trained on the training pairs and reads the test pictures."""
-    args = spade.get_args(["--data", str(folder), *TINY, "--segmenter-steps", "40", "--ignore",
-                           "3", "--segmenter", str(folder.parent / "fcn.pt")])
-    pairs = spade.find_pairs(folder, "train")
-    test = labels, _, x = spade.test_batch(spade.find_pairs(folder, "test"), args)
-    mIoU, accuracy = spade.label_scores(None, x, test, pairs, args, CPU)
-    assert (mIoU["name"], accuracy["name"]) == ("mIoU", "accuracy")
-    assert accuracy["value"] == accuracy["trivial"]["real pictures"] > 80  # four colours: easy
-    assert mIoU["value"] == mIoU["trivial"]["real pictures"]
-    flat = accuracy["trivial"]["mean colour per class"]
-    assert flat > 60 and flat != accuracy["value"]
-    mIoU, accuracy = spade.label_scores(None, torch.zeros_like(x), test, pairs, args, CPU)
-    counts = torch.bincount(labels[labels != 3])  # at best all pixels have one label
-    assert accuracy["value"] <= 100 * float(counts.max() / counts.sum()) + 0.01
-
-
-def test_without_test_pictures_training_pictures_are_announced(folder, capsys):
-    for kind in ("img", "label"):
-        (folder / f"test_{kind}").rename(folder / f"val_{kind}")
-    assert spade.find_pairs(folder, "test")[0].image.parent.name == "val_img"
-    assert capsys.readouterr().out == ""
-    (folder / "val_img").rename(folder / "other")
-    assert spade.find_pairs(folder, "test")[0].image.parent.name == "train_img"
-    assert "no test pictures: these are training pictures" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="no val pictures"):
-        spade.find_pairs(folder, "val")
-
-
-@pytest.mark.slow
-def test_learns_the_colours_of_the_labels(folder, tmp_path):
-    """A short run paints each label in its colour: far nearer to the truth than one mean colour."""
-    spade.main(["--data", str(folder), *TINY, "--steps", "150", "--lr", "2e-3", "--ngf", "4",
-                "--out", str(tmp_path / "run"), "--sample-every", "1000", "--log-every", "50",
-                "--batch", "4"])
-    args = spade.get_args(["--data", str(folder), "--weights", str(tmp_path / "run/last.pt"),
-                           "--device", "cpu"])
-    m = spade.load_networks(args, CPU)
-    labels, edges, x = spade.test_batch(spade.find_pairs(folder, "test"), args)
-    x_hat = spade.synthesise(m, labels, edges, None, args, CPU)
-    error, trivial = (x_hat - x).abs().mean(), (x - x.mean((0, 2, 3), keepdim=True)).abs().mean()
-    assert error < 0.6 * trivial
+    torch.jit.script(Reader()).save(tmp_path / "net.pt")
+    labels = torch.tensor([[[0, 1], [1, 3]]])
+    x = torch.tensor([[-1.0, 1], [1, 1]]).expand(1, 3, 2, 2).clone()
+    x[:, 1:] = -1
+    data = [(labels[0], torch.zeros(0, 2, 2), x[0])]
+    x_hat = x.clone()
+    x_hat[0, 1, 0, 0], x_hat[0, 0, 0, 1] = 3, -1   # a third class is hallucinated, another swapped
+    mIoU, accuracy = reading.label_scores(x_hat, (labels, None, x), data, 3, [255], CPU,
+                                             [tmp_path / "net.pt"])
+    assert mIoU["trivial"]["real pictures"] == accuracy["trivial"]["real pictures"] == 100
+    assert accuracy["value"] == pytest.approx(100 / 3)
+    assert mIoU["value"] == pytest.approx(100 * (0 + 1 / 2 + 0) / 3)
 
 
 def test_toy_run_ends_with_scores(tmp_path, monkeypatch):
@@ -898,58 +823,78 @@ def test_toy_run_ends_with_scores(tmp_path, monkeypatch):
     monkeypatch.setitem(toy.DEFAULT_N, "scenes", 6)
     draw = toy.DATASETS["scenes"]
     monkeypatch.setitem(toy.DATASETS, "scenes", lambda *a, **k: draw(*a, **k, n_test=3))
-    spade.main(["--steps", "2", "--size", "32", "--load", "32", "--ngf", "4", "--ndf", "4",
-                "--batch", "2", "--segmenter-steps", "2", "--device", "cpu"])
+    monkeypatch.setattr(scenes, "SEGMENTER_STEPS", 2)
+    run("--steps", 2, "--size", 32, "--load", 32, "--ngf", 4, "--ndf", 4, "--batch", 2, "--device",
+        "cpu")
     result = json.loads((tmp_path / "runs/spade-toy/result.json").read_text())
     assert [s["name"] for s in result["scores"]] == [
         "colour error, own style", "colour error, another's style", "colour error, z", "mIoU",
         "accuracy"]
-    for split in ("test", "val"):
-        spade.main(["--evaluate", "--weights", "runs/spade-toy/last.pt", "--segmenter-steps", "2",
-                    "--split", split])
+    kept = {f: f.stat().st_mtime for f in Path("datasets/toy").glob("*segmenter*.pt")}
+    assert len(kept) == 3
+    run("--evaluate", "--weights", "runs/spade-toy/last.pt", "--split", "val")
+    assert {f: f.stat().st_mtime for f in kept} == kept
 
 
-def test_errors_are_one_line(capsys):
-    line = error_of(capsys, spade.main, "--data", "nowhere")
+def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
+    def fails(*flags):
+        return error_of(capsys, spade.main, *flags)
+    line = fails("--data", "nowhere")
     assert "--data nowhere: no such folder" in line and "ade20k" in line
+    for flags, message in (
+            (["--size", 40], "--size 40: must be a multiple of 16"),
+            (["--height", 24], "--height 24: must be a multiple of 16"),
+            (["--doublings", 5, "--batch", 1], "--batch 1: G would start"),
+            (["--doublings", 7], "--size 32: must be a multiple of 128"),
+            (["--labels", 0], "--labels 0")):
+        assert message in fails("--data", folder, *TINY, *flags)
+    assert "--weights" in fails("--translate", folder / "test_label")
+    run("--data", folder, *TINY, "--steps", 1, "--out", tmp_path / "plain")
+    assert "--exemplar" in fails("--translate", folder / "test_label", "--exemplar", "x.png",
+                                 "--weights", tmp_path / "plain/last.pt")
+    assert "5.png: no such file" in fails(
+        "--translate", folder / "test_label", "--weights", trained / "last.pt", "--inst",
+        folder / "test_label/5.png")
+    assert "does not fit" in fails("--data", folder, *TINY, *STYLED, "--ngf", 8, "--steps", 5,
+                                   "--out", trained, "--resume")
 
 
-# ---- toy/scenes ------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_learns_the_colours_of_the_labels(folder, tmp_path):
+    """A short run paints each label in its colour: far nearer to the truth than one mean colour."""
+    run("--data", folder, *TINY, "--steps", 150, "--lr-G", 1e-3, "--lr-D", 4e-3, "--init",
+        "glorot", "--batch", 4, "--out", tmp_path / "run", "--log-every", 50)
+    args = spade.get_args(["--data", str(folder), "--weights", str(tmp_path / "run/last.pt")])
+    test = spade.test_batch(spade.find_pairs(folder, "test"), args)
+    x, x_hat = test[2], spade.answers(spade.load_networks(args, CPU), test, args)["G(m)"]
+    error, trivial = (x_hat - x).abs().mean(), (x - x.mean((0, 2, 3), keepdim=True)).abs().mean()
+    assert error < 0.6 * trivial
 
 
-def test_scenes_layout_and_truth(tmp_path):
-    toy.draw("scenes", tmp_path / "s", n=4, size=32, n_test=3)
-    pairs = spade.find_pairs(tmp_path / "s", "test", edges=True)
-    val = spade.find_pairs(tmp_path / "s", "val", edges=True)
-    assert len(val) == 3 and val[0].image.parent.name == "val_img"
-    assert len(pairs) == 3 and len(spade.find_pairs(tmp_path / "s", "train", edges=True)) == 4
-    own, styles = [], {}
-    for i, pair in enumerate(pairs):
-        label, inst = (np.asarray(Image.open(f)) for f in pair[1:])
-        assert label.max() < len(toy.SCENE_CLASSES)
-        classes = list(toy.SCENE_CLASSES)
+# ---- toy/scenes ----------------------------------------------------------------------------------
+
+
+def test_scenes_layout_scores_and_trivial_answers(tmp_path, monkeypatch):
+    toy.draw("scenes", tmp_path / "s", n=4, size=32, n_test=4)
+    args = tiny_args("--labels", 7, "--edges")
+    pairs, train = (spade.find_pairs(tmp_path / "s", s, edges=True) for s in ("test", "train"))
+    assert [len(spade.find_pairs(tmp_path / "s", s)) for s in ("train", "val", "test")] == [4] * 3
+    test = labels, _, x = spade.test_batch(pairs, args)
+    for pair, label in zip(pairs, labels, strict=True):
+        inst, classes = np.asarray(Image.open(pair[2])), list(toy.SCENE_CLASSES)
         things = np.isin(label, [classes.index("tree"), classes.index("animal")])
         assert np.array_equal(inst > 0, things)  # every tree and animal has a number, nothing else
-        own.append(np.asarray(Image.open(pair.image)))
-        for name in toy.SCENE_STYLES:
-            styles.setdefault(name, []).append(
-                np.asarray(Image.open(tmp_path / "s/test_styles" / name / f"{i:04d}.png")))
-    for i, picture in enumerate(own):  # the picture's own style is among them
-        assert sum(np.array_equal(picture, styles[name][i]) for name in styles) == 1
-
-
-def test_scene_scores_know_the_truth_from_trivial_answers(tmp_path):
-    toy.draw("scenes", tmp_path / "s", n=1, size=32, n_test=6)
-    args = spade.get_args(["--data", str(tmp_path / "s"), *TINY, "--labels", "7"])
-    labels, _, x = spade.test_batch(spade.find_pairs(tmp_path / "s", "test"), args)
-    folders = {name: tmp_path / "s/test_styles" / name for name in toy.SCENE_STYLES}
-    stack = {name: np.stack([np.asarray(Image.open(f)) for f in sorted(sub.iterdir())]).transpose(
-        0, 3, 1, 2) / 127.5 - 1 for name, sub in folders.items()}
-    every = np.stack(list(stack.values()))
-    mine = np.abs(every - x.numpy()).mean((2, 3, 4)).argmin(0)
-    other = every[np.roll(mine, -1), np.arange(6)]
-    colours = np.zeros((7, 3))
-    scores = toy.scene_scores({"own style": x.numpy(), "another's style": other,
-                               "z": stack["winter"]}, labels.numpy(), tmp_path / "s", colours)
-    assert [s["value"] for s in scores] == pytest.approx([0, 0, 0], abs=1e-3)
-    assert all(v > 10 for s in scores for k, v in s["trivial"].items() if "class" in k)
+    every = {name: np.stack([np.asarray(Image.open(f)) for f in sorted(
+        (tmp_path / "s/test_styles" / name).iterdir())]).transpose(0, 3, 1, 2) / 127.5 - 1
+        for name in toy.SCENE_STYLES}
+    same = np.array([[np.allclose(p[i], x[i], atol=1e-3) for p in every.values()]
+                     for i in range(4)])
+    assert (same.sum(1) == 1).all()              # the picture's own style is among them
+    other = np.stack([*every.values()])[np.roll(same.argmax(1), -1), np.arange(4)]
+    monkeypatch.setattr(scenes, "SEGMENTER_STEPS", 2)
+    scores = toy.painted_scene_scores({"own style": x, "another's style": torch.from_numpy(other),
+                               "z": torch.from_numpy(every["winter"])}, test,
+                              spade.LabelledPictures(train, args), tmp_path / "s")
+    assert [s["value"] for s in scores[:3]] == pytest.approx([0, 0, 0], abs=1e-3)
+    assert all(v > 10 for s in scores[:3] for k, v in s["trivial"].items() if "class" in k)
+    assert scores[3]["value"] == scores[3]["trivial"]["real pictures"]

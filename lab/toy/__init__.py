@@ -38,7 +38,7 @@ from .clips import CLIP_FRAMES, clip_answer, clip_scores, clip_style_error
 from .day2night import night_scores
 from .digits import drawn_digits
 from .horse2zebra import coat_pixels, coat_scores, single_scores
-from .scenes import SCENE_CLASSES, SCENE_STYLES, scene_scores
+from .scenes import SCENE_CLASSES, SCENE_STYLES, painted_scene_scores, scene_scores
 from .sketches import SKETCH_PARTS, reference_scores, sketch_scores
 from .synthetic2real import CLASSES, FLAT
 from .textures import swap_scores, texture_scores
@@ -47,8 +47,9 @@ from .world import COATS, LABELS, coat_mask, render, sample_scene
 __all__ = ["CLASSES", "CLIP_FRAMES", "COATS", "DATASETS", "DEFAULT_N", "DEFAULT_SIZE", "FLAT",
            "LABELS", "SCENE_CLASSES", "SCENE_STYLES", "SKETCH_PARTS", "clip_answer",
            "clip_scores", "clip_style_error", "coat_mask", "coat_pixels", "coat_scores", "draw",
-           "drawn_digits", "ensure", "night_scores", "reference_scores", "render", "sample_scene",
-           "scene_scores", "single_scores", "sketch_scores", "swap_scores", "texture_scores"]
+           "drawn_digits", "ensure", "night_scores", "painted_scene_scores", "reference_scores",
+           "render", "sample_scene", "scene_scores", "single_scores", "sketch_scores",
+           "swap_scores", "texture_scores"]
 
 # Functions (folder, n, size, seed, n_test) that fill an empty folder; n: training pictures (or
 # clips) per domain, n_test: those of val and of test, which has a default.

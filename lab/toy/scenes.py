@@ -7,13 +7,14 @@
 
 A label map says nothing of season, hour and colours: that is the style. Ids are of SCENE_CLASSES.
 """
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .disk import contact_sheet
+from .disk import STAMP, contact_sheet
 from .scoring import GREY_LEVELS, score, window_mean
 from .world import (
     COAT_PARTS,
@@ -151,16 +152,36 @@ def draw(folder, n, size, seed, n_test=40):
 
 # 2. Scores ----------------------------------------------------------------------------------------
 
+SEGMENTER_STEPS = 700
+
+
+def painted_scene_scores(answers, test, data, root, split="test", device="cpu"):
+    """`scene_scores`, and mIoU and accuracy of the first answer by three small networks that learnt
+    from the real pictures and are kept beside the folder.
+
+    test: (labels (N, H, W), edges, x (N, 3, H, W)) of the split; data[n]: the same of a training
+    sample.
+    """
+    from .reading import label_scores, mean_colours  # PyTorch, which drawing does without
+
+    classes, world = len(SCENE_CLASSES), zlib.crc32((Path(root) / STAMP).read_bytes())
+    kept = [f"{root}-{world:08x}-{SEGMENTER_STEPS}-segmenter{seed}.pt" for seed in range(3)]
+    colours = mean_colours(data, classes)[1].numpy()
+    return scene_scores(answers, test[0].numpy(), root, colours, split) + label_scores(
+        next(iter(answers.values())), test, data, classes, [], device, kept, SEGMENTER_STEPS,
+        balanced=True)
+
+
 def scene_scores(answers, label, folder, mean_colours, split="test"):
     """Scores of pictures painted from the label maps of a split of a `scenes` folder.
 
     answers: {"own style": x, "another's style": x, "z": x}, each (N, 3, H, W) in [-1, 1] for the
     N layouts in order: in the style of the layout's own picture, in the style of the next
-    layout's picture, and in no style in particular. label: (N, H, W). mean_colours: (classes, 3),
-    what a trivial answer paints each class with. A colour error is the mean absolute difference,
-    in grey levels, of colours averaged over 5x5 pixels of 64, so that colours count and texture
-    does not; for "z" it is that to the nearest style. Returns [{"name", "value", "better",
-    "trivial"}]; lower is better.
+    layout's picture, and in no style in particular ("G(m)": G has none). label: (N, H, W).
+    mean_colours: (classes, 3), what a trivial answer paints each class with. A colour error is the
+    mean absolute difference, in grey levels, of colours averaged over 5x5 pixels of 64, so that
+    colours count and texture does not; for the last two it is that to the nearest style. Returns
+    [{"name", "value", "better", "trivial"}]; lower is better.
     """
     files = sorted((Path(folder) / f"{split}_img").iterdir())
 
@@ -182,8 +203,10 @@ def scene_scores(answers, label, folder, mean_colours, split="test"):
     measures = {"own style": lambda x: error(x, own).mean(),
                 "another's style": lambda x: error(x, another).mean(),
                 "z": lambda x: np.min([error(x, e) for e in every], axis=0).mean()}
+    measures["G(m)"] = measures["z"]
     trivial = {"own style": {"the true picture in the other style": another},
                "another's style": {"the true picture in the other style": own,
-                                   "copy the exemplar": np.roll(own, -1, axis=0)}, "z": {}}
+                                   "copy the exemplar": np.roll(own, -1, axis=0)},
+               "z": {}, "G(m)": {}}
     return [score(f"colour error, {name}", measures[name], x,
                   {"mean colour per class": flat} | trivial[name]) for name, x in answers.items()]
