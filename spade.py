@@ -441,9 +441,11 @@ def find_pairs(root, split, edges=False):
     Where there is no test split, the training pictures stand in, and a printed line says so.
     """
     for image, label, inst, names in PLACES:
-        found = [{re.sub("_(leftImg8bit|gtFine_.*)$", "", f.stem): f
-                  for f in sorted(Path(root).glob(place.format(names.get(split))))
-                  if f.suffix.lower() in common.SUFFIXES} for place in (image, label, inst)]
+        files = [[f for f in sorted(Path(root).glob(place.format(names.get(split))))
+                  if f.suffix.lower() in common.SUFFIXES and f.name[0] != "."]
+                 for place in (image, label, inst)]
+        found = [{re.sub("_(leftImg8bit|gtFine_.*)$", "", name): f
+                  for name, f in common.by_name(part).items()} for part in files]
         if found[0] or found[1]:
             images, labels, insts = found
             for have, other, what in ((images, labels, "label map"), (labels, images, "picture"),
@@ -462,10 +464,8 @@ def find_pairs(root, split, edges=False):
 def check_pairs(pairs, args):
     """Before training: sizes agree and ids are in range; fills in args.labels if it is None."""
     def look(pair):
-        w, h = common.open_rgb(pair[0]).size
-        for f in filter(None, pair[1:]):
-            if (im := common.open_ids(f)).size != (w, h):
-                raise UserError(f"{f}: {im.width}x{im.height} pixels, but {pair[0]} has {w}x{h}")
+        for ids in filter(None, pair[1:]):
+            common.check_same_size(pair[0], ids)
         return np.unique(np.asarray(common.open_ids(pair[1]))).tolist()
 
     with ThreadPool(max(1, args.workers)) as pool:  # Pillow decodes outside the interpreter's lock
@@ -737,21 +737,18 @@ def translate_files(args):
     z = (style(nets, common.to_tensor(common.open_rgb(args.exemplar))[None]) if args.exemplar
          else random_styles(1, args))
     files, out = common.list_pictures(args.translate), Path(args.out or "translated")
-    for f in files:
+    for name, f in common.by_name(files).items():
         inst = f if args.inst is None else Path(args.inst)        # without: borders of the labels
         labels, inst = common.open_ids(f), common.open_ids(inst / f.name if inst.is_dir() else inst)
         check_ids(f, np.unique(np.asarray(labels)).tolist(), args)
         small, inst = (im.resize((args.size, args.height), Image.NEAREST) for im in (labels, inst))
         edges = border(inst)[None] if args.edges else torch.zeros(1, 0, args.height, args.size)
         picture = paint(nets, (to_labels(small, args)[None], edges), z, args)[0]
-        target = out / f"{f.stem}.png"
+        target = out / f"{name}.png"
         if target.resolve() == f.resolve():
             raise UserError(f"--out {out}: {f} would be overwritten, choose another folder")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            common.to_pil(picture).resize(labels.size, Image.BICUBIC).save(target)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot write there ({error})") from None
+        picture = common.to_pil(picture).resize(labels.size, Image.BICUBIC)
+        common.write_whole(target, functools.partial(picture.save, format="PNG"))
     print(f"{len(files)} painted: {target if len(files) == 1 else out}")
 
 
