@@ -764,6 +764,8 @@ def test_each_answer_has_its_style(folder, trained):
         spade.find_pairs(folder, "test", True), args)
     m = spade.one_hot(*test[:2], args)
     with torch.no_grad():
+        nets.G.fc.weight.mul_(100)               # a network of four steps hardly heeds its z
+        nets.E.logvar.bias.add_(1)
         mu = torch.cat([nets.E.eval()(x)[0] for x in test[2].split(1)])
         nets.G.eval()
         z = torch.randn(3, 5, generator=rng(args.seed))
@@ -771,6 +773,8 @@ def test_each_answer_has_its_style(folder, trained):
         expected = {name: nets.G(m, z) for name, z in expected.items()}
     found = spade.answers(nets, test, args)
     assert [*found] == [*expected] and nets.G.training
+    close([spade.style(nets, test[2])], [mu], 1e-4, 1e-6)
+    assert float((expected["z"][0] - expected["own style"][0]).abs().max()) > 0.01
     close([*found.values()], [*expected.values()], 1e-4, 1e-5)
 
 
