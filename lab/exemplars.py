@@ -66,7 +66,8 @@ def style(pictures, exemplars, styles):
     names = sorted(set(styles))
     own = torch.tensor([names.index(s) for s in styles])
     centres = torch.stack([b[own == i].mean(0) for i in range(len(names))])
-    light = torch.corrcoef(torch.stack([p[:, :3].mean(1) for p in (a, b)]))[0, 1].nan_to_num()
+    light = torch.stack([p[:, :3].mean(1) for p in (a, b)])                                # (2, N)
+    light = torch.corrcoef(light)[0, 1].nan_to_num() if len(a) > 1 else 0
     hits = torch.cdist(a, centres).argmin(1) == own
     return {"brightness, correlation with I's": float(light),
             f"nearest style is I's, of {len(names)}": float(hits.float().mean())}
