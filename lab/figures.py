@@ -19,7 +19,7 @@ figure is written beside FILE, or into DIR. What there is, and which figure of t
     swapae domains      Fig. 4.18: is the first of them the domain?
     swapae corruptions  Fig. 4.19: what each distance notices
     egscit masks        Sec. 3.1: the most contrasted channels of the feature masks
-    egscit embedding    Fig. 5: real pictures and translations on their two main axes
+    egscit embedding    Fig. 5, but by PCA alone: real pictures and translations on two axes
 """
 
 import argparse
@@ -413,31 +413,33 @@ def egscit_masks(args, channels=3):
     import egscit
 
     device = common.pick_device(args.device)
-    m, test = egscit.load_translator(args, device), egscit.test_set(args, 6)
-    for way in ("AB", "BA"):
-        x = egscit.unit(test[f"x_{way[0]}"]).to(device)
-        masks = egscit.feature_mask(egscit.direction(m, way)[1](x), args.eta)
+    nets, test = egscit.load_translator(args, device), egscit.test_set(args, 6)
+    for way, F_x in (("AB", nets.F_A), ("BA", nets.F_B)):
+        x = test[f"x_{way[0]}"].to(device)
+        masks = egscit.mask(F_x(x), args.eta)
         chosen = masks.std(dim=(2, 3)).mean(0).argsort(descending=True)[:channels]
         columns = {f"x_{way[0]}": x}
         for i in chosen.tolist():
             shown = (masks[:, i:i + 1] - args.eta) / max(1 - args.eta, 1e-6)
             columns[f"m_{way[0]}, {i}"] = as_pictures(shown, x.shape[2:])
-        columns[f"x_{way[1]}"] = egscit.unit(test[f"x_{way[1]}"])
-        columns[f"x_{way}"] = egscit.unit(egscit.translated(m, test, args, way))
+        columns[f"x_{way[1]}"] = test[f"x_{way[1]}"]
+        columns[f"x_{way}"] = egscit.translated(nets, test, args, way)
         save(args, f"masks_{way}", columns)
 
 
 def egscit_embedding(args, side=360):
-    """Real pictures (red dots) and translations (blue crosses) on their two main axes (PCA)."""
+    """Real pictures (red dots) and translations (blue crosses) on their two main axes (PCA alone:
+    the paper's Fig. 5 is a t-SNE of such axes)."""
     import egscit
 
-    m, test = egscit.load_translator(args, common.pick_device(args.device)), egscit.test_set(args)
+    nets = egscit.load_translator(args, common.pick_device(args.device))
+    test = egscit.test_set(args, 200)
     sheet = Image.new("RGB", (2 * side, side + 20), "white")
     draw = ImageDraw.Draw(sheet)
     for column, way in enumerate(("AB", "BA")):
-        real, made = test[f"x_{way[1]}"], egscit.translated(m, test, args, way)
-        together = egscit.unit(torch.cat([real, made]))
-        if args.size > 112:  # thousands of photographs at full size do not fit into memory
+        real, made = test[f"x_{way[1]}"], egscit.translated(nets, test, args, way)
+        together = torch.cat([real, made])
+        if args.size > 112:  # hundreds of photographs at full size do not fit into memory
             together = F.interpolate(together, (32, 32), mode="area")
         places = principal(together.flatten(1), 2) * (side - 24) + 12
         places = places + torch.tensor([column * side, 20])

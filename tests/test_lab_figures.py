@@ -12,6 +12,7 @@ import egscit
 import segin
 import swapae
 from lab import figures, metrics, toy
+from lab.toy.digits import DigitVGG
 
 CPU = torch.device("cpu")
 SHARED = ["--size", "32", "--batch", "2", "--workers", "0", "--device", "cpu"]
@@ -61,7 +62,7 @@ def swapae_run(drawn, tmp_path_factory):
 @pytest.fixture(scope="module")
 def egscit_run(noise, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(egscit, "VGG", lambda taps, weights, ceil_mode: egscit.DigitVGG(4))
+        patch.setattr(egscit, "VGG", lambda taps, weights, ceil_mode: DigitVGG(4))
         return trained(egscit, EGSCIT, noise, tmp_path_factory.mktemp("run") / "egscit")
 
 
@@ -183,8 +184,8 @@ def test_corruptions_move_the_distances_as_in_fig_4_19():
 
 @pytest.mark.parametrize("name, files", [("masks", ["masks_AB.png", "masks_BA.png"]),
                                          ("embedding", ["embedding.png"])])
-def test_egscit(egscit_run, tmp_path, name, files):
-    draw("egscit", name, "--weights", egscit_run, "--out", tmp_path)
+def test_egscit(egscit_run, noise, tmp_path, name, files):
+    draw("egscit", name, "--weights", egscit_run, "--data", noise, "--out", tmp_path)
     for file in files:
         with Image.open(tmp_path / file) as im:
             assert im.width > 200 and len(im.getcolors(1 << 20)) > 10
