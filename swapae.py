@@ -84,17 +84,17 @@ SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4
     "256": {},
     "church": {"aggregate": False},                # trained anew; their released weights: "256" ...
     "bedroom": {"aggregate": False, "batch": 32},  # ... with batch 32, as for AFHQ
-    "512": {"size": 512},                          # FFHQ
+    "512": {"size": 512},                          # FFHQ: squares, where their resize is ours
     "mountains": {"size": 512, "lambda_patch_R1": 10.0},
     "1024": {"size": 768, "load": 1024, "downs": 5, "texture": 1536, "patch": 256,
              "widths": [0.4, 0.8, 1.0, 1.0]},      # FFHQ
 }
-TOY = {  # the four terms and both penalties of the paper; only L_rec weighs more
-    "size": 64, "batch": 4, "steps": 1500, "downs": 3,  # a place of z_s is twice a motif's grain
-    "structure": 2, "texture": 64, "patch": 16, "crops": 4,  # patches are a quarter of a picture
-    "widths": [0.25, 0.1875, 0.03125, 0.125],           # minutes on a laptop
-    "code_norm": "rms",      # unit codes modulate G's first pictures 45 times less than such
-    "lambda_rec": 3.0,       # with 1, texture codes had hardly a hue after 500 steps
+TOY = {  # the paper's four terms and both penalties; L_rec alone weighs more
+    "size": 64, "batch": 4, "steps": 1500, "widths": [0.25, 0.1875, 0.03125, 0.125],  # minutes
+    "downs": 3, "structure": 2,  # a place of z_s is 8 pixels wide, a motif's grain 3
+    "texture": 64, "code_norm": "rms",  # at unit length, 64 numbers modulate G 8 times less
+    "patch": 16, "crops": 4,     # patches of a quarter of the picture's side (Sec. 4.4.8)
+    "lambda_rec": 3.0,           # with 1 (a wider D, weaker penalties) no hues in 500 steps
     "ema": 0.99, "vgg": "random", "workers": 0, "sample_every": 300}
 PICTURES = 25_000_000  # shown to D and to G together (code; the text is silent)
 
@@ -124,7 +124,8 @@ def get_args(argv=None):
     add("--R1-every", type=int, default=16, help="updates of D per R1 update; 0: none (StyleGAN2)")
     add("--crops", type=int, default=8, help="patches per picture (Sec. 4.4.8)")
     add("--crop", type=float, nargs=2, default=[1 / 8, 1 / 4], metavar="SHARE",
-        help="a patch's sides, as shares of the picture's (Sec. 4.3.3; Fig. 4.6 varies them)")
+        help="a patch's sides, as shares of the picture's (Sec. 4.3.3; Fig. 4.6); the authors "
+        "advise smaller ones where D_patch gets too strong and changes structure")
     add("--patch", type=int, default=128, help="patches are resized to this square, in pixels")
     add("--aggregate", action=switch, default=True, help="average the references' features")
     add("--ema", type=float, default=0.0, help="decay of averaged E and G for use; 0: none")
@@ -704,7 +705,8 @@ def train(args):
     root = data_folder(args)
     data = Pictures(root, args)
     total = args.steps or max(1, PICTURES // (2 * args.batch * run.world))
-    show = test_pictures(root, args, run.device, limit=6)[0]
+    show, kind = test_pictures(root, args, run.device, limit=6)
+    print(f"sample grids show {kind}")
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
     if args.data == "toy":

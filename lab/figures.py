@@ -296,7 +296,9 @@ def swapae_shown(args):
 
     device = common.pick_device(args.device)
     nets, root = swapae.load_networks(args, device), swapae.data_folder(args)
-    return swapae, nets, swapae.test_pictures(root, args, device, limit=6)[0], root, device
+    show, kind = swapae.test_pictures(root, args, device, limit=6)
+    print(f"{len(show)} {kind}")
+    return swapae, nets, show, root, device
 
 
 def swapae_grid(args):

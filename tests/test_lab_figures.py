@@ -151,10 +151,14 @@ def test_swapae(swapae_run, drawn, noise, tmp_path, capsys, monkeypatch, name, c
     if name == "interpolate":  # the distances themselves are shown by corruptions
         monkeypatch.setattr(metrics, "style_and_structure",
                             lambda vgg, device: [lambda a, b: 0.0] * 2)
-    data = noise if name == "domains" else drawn / "textures"
+    data, painted, paint = noise if name == "domains" else drawn / "textures", [], swapae.paint
+    monkeypatch.setattr(swapae, "paint", lambda *given: painted.append(given[2]) or paint(*given))
     draw("swapae", name, "--weights", swapae_run, "--data", data, "--out", tmp_path)
     assert columns_of(tmp_path / f"{name}.png") == columns  # grid: three and four test pictures
     said = capsys.readouterr().out
+    if name in ("pca", "domains"):  # one code a column, each another
+        assert len(painted) == columns - 1 and "4 test pictures" in said
+        assert len({tuple(z_t.flatten().tolist()) for z_t in painted}) == len(painted)
     assert ("alpha 0.5: " in said) == (name == "interpolate")
     assert ("hybrid: " in said and "embedding: " in said) == (name == "grid")
     assert ("cosine of the first axis" in said) == (name == "domains")
