@@ -340,7 +340,7 @@ def swapae_pca(args):
 
 
 def swapae_domains(args):
-    """Pictures of trainA and trainB, trained on as one, along the first direction of their texture
+    """Three pictures of either domain along the first direction of trainA's and trainB's texture
     codes; prints its cosine with the difference of the domains' mean codes (by chance about 0)."""
     swapae, nets, _, root, device = swapae_shown(args)
     files = [common.find_split(root, "train", side) for side in "AB"]
@@ -349,7 +349,8 @@ def swapae_domains(args):
     cosine = F.cosine_similarity(swapae.attribute(z_B, z_A), directions)
     steps = {f"first axis: {gain:+d}": gain * cosine.sign() * deviations[0] * directions
              for gain in (-2, -1, 1, 2)}
-    show = torch.cat([swapae.opened(side, args, device, limit=3) for side in files])
+    show = torch.cat([swapae.opened(common.find_split(root, args.split, side), args, device, 3)
+                      for side in "AB"])
     save(args, "domains", swapae_moved(swapae, nets, show, steps, args))
     print(f"cosine of the first axis and B's mean less A's: {float(cosine.abs()):.3g}")
 

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from transcriptions import close, parameters
 
 import common
 import swapae
-from lab import metrics, toy
+from lab import metrics, toy, variants
 from lab.toy import textures
 
 ROOT = Path(__file__).parent.parent
@@ -555,6 +555,31 @@ def test_ema_is_the_running_mean():
     assert swapae.in_use(nets).G is nets.G_ema and swapae.in_use(nets).E is nets.E_ema
     plain = swapae.build(tiny_args(), CPU)
     assert swapae.in_use(plain).G is plain.G
+
+
+def test_the_row_thesis_is_the_text():
+    """lab/rows: N/2 hybrids of weight 0.5, StyleGAN2's demodulation, four blocks, batch 64."""
+    texts, flags = variants.sources("swapae", "thesis")
+    thesis = ModuleType("thesis")
+    exec(texts["swapae.py"], thesis.__dict__)
+    args = thesis.get_args(["--data", ".", *flags])
+    assert (args.batch, args.lambda_GAN_rec, args.lambda_GAN_swap, args.code_norm) == (
+        64, 0.5, 0.5, "none")
+    args = thesis.get_args(["--data", ".", *flags, *TINY])
+    nets, x = thesis.build(args, CPU), random_batch(args)
+    assert len(nets.G.blocks) == 4 + args.downs
+    x_rec, x_hyb, x2 = thesis.rebuild_and_swap(nets, x[0])
+    assert len(x_rec) == len(x_hyb) == 2 and torch.equal(x2, x[0][2:])
+    losses = thesis.train_step(nets, *x, args, rng(), 15)
+    assert all(torch.isfinite(v) for v in losses.values()) and "R1_patch" in losses
+    layer, y, z_t = lively(thesis.StyledConv(4, 3, 6)), noise(3, 4, 5, 7), noise(3, 6, seed=1)
+    layer.noise.data.zero_()
+    style = F.linear(z_t, layer.style.weight / math.sqrt(6), layer.style.bias)
+    for i in range(3):                                       # each picture with its own weights
+        w = layer.weight / 6 * style[i].view(1, 4, 1, 1)
+        w = w / (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        expected = lrelu(F.conv2d(y[i:i + 1], w, padding=1) + layer.bias.view(1, -1, 1, 1))
+        close([layer(y, z_t)[i:i + 1]], [expected], 1e-6, 1e-8)
 
 
 @pytest.mark.slow
