@@ -53,8 +53,11 @@ USAGE        python swapae.py                                 # toy world, a sco
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
              python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
-EXPECT       python swapae.py: 1,500 steps of 0.55 s on one slow core; not scored yet. Layouts come
-             through by step 200, the exemplar's hues by step 300.
+EXPECT       python swapae.py, stopped at 1,255 of its 1,500 steps (0.52 s of one slow core each;
+             seed 0, 40 test scenes): figure and ground take the exemplar's hues, colour error 15
+             (copying the structure 36, colour transfer 20, the same inside dark and light 4), the
+             layout stays, outline error 0.10; but G paints no motifs yet, not even from the true
+             answer's codes: right in 0.29 of the regions, which is chance (0.3).
 """
 
 import argparse
@@ -162,7 +165,6 @@ def get_args(argv=None):
             (not 0 < args.crop[0] <= args.crop[1] <= 1,
              f"--crop {args.crop}: expected two shares of a side, the smaller one first"),
             (args.crops < 1, f"--crops {args.crops}: must be at least 1"),
-            (args.R1_every < 0, f"--R1-every {args.R1_every}: must be 0 or more"),
             (min(args.widths) < 1 / 64, f"--widths {args.widths}: at least 1/64 each"),
             (not 0 <= args.ema < 1, f"--ema {args.ema}: must lie between 0 and 1")):
         if wrong:
