@@ -668,7 +668,7 @@ def test_what_train_applies(drawn, tmp_path, monkeypatch):
 def test_run_folder(trained):
     files = {str(f.relative_to(trained)) for f in trained.rglob("*") if f.is_file()}
     assert files - {"lock"} == {"config.json", "log.csv", "index.html", "last.pt", "result.json",
-                     "samples/step_000000.png", "samples/step_000003.png"}
+                                "samples/step_000000.png", "samples/step_000003.png"}
     rows = [row.split(",") for row in (trained / "log.csv").read_text().splitlines()]
     assert set(rows[0]) == LOSSES | {"step", "R1", "R1_patch", "seconds"} and len(rows) == 4
     assert all(len(row) == len(rows[0]) for row in rows)
@@ -722,8 +722,9 @@ def picture_of(path):
 def written_by(trained, picture, folder):
     """A function: flags -> the picture that --translate writes with them."""
     def written(*flags):
-        run("--translate", picture, "--weights", trained / "last.pt", *flags, "--out", folder)
-        return picture_of(folder / Path(picture).name)
+        run("--translate", picture, "--weights", trained / "last.pt", "--data",
+            picture.parent.parent, *flags, "--out", folder)
+        return picture_of(folder / picture.name)
     return written
 
 
@@ -922,7 +923,7 @@ def test_user_errors_are_one_line(drawn, trained, tmp_path, capsys, monkeypatch)
     Image.new("RGB", (64, 64)).save(tmp_path / "one/a.png")
     assert "swapping needs two" in fails("--data", "one", *TINY)
     assert "--weights FILE is needed" in fails("--translate", picture, "--exemplar", picture)
-    edit = ["--translate", picture, "--weights", last]
+    edit = ["--translate", picture, "--weights", last, "--data", drawn]
     for flags in ([], ["--pca", 1, "--exemplar", picture],
                   ["--exemplar", picture, "--mask", "1,1"]):
         assert "needs one of" in fails(*edit, *flags)
