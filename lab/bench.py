@@ -43,8 +43,8 @@ ROWS = {
                   ("pix2pixSC without VGG", ["--labels", "35", "--lambda-2", "0"])],
     "segin": [("SEGIN", ["--vgg", "random"])],
     "init": [("MUNIT without X-Y-X cycle", ["--method", "munit", "--lambda-cyc", "0"]),
-             ("MUNIT", ["--method", "munit"]), ("INIT, 2 crops of 120", []),
-             ("INIT, 2 crops of 128", ["--object-size", "128"])],
+             ("MUNIT", ["--method", "munit"]), ("INIT, 2 crops of 120", ["--objects", "2"]),
+             ("INIT, 3 crops of 120", [])],
     "swapae": [("Swapping Autoencoder, 2 crops of 128", ["--size", "128", "--batch", "2"]),
                ("Swapping Autoencoder, 2 crops of 128, R1 in every step",
                 ["--size", "128", "--batch", "2", "--R1-every", "1"])],
@@ -83,7 +83,15 @@ def labelled_batch(args, device):
     return [spade.one_hot(labels, x.new_zeros(len(x), int(args.edges), *x.shape[2:]), args), x]
 
 
-BATCHES = {"spade": labelled_batch, "pix2pixsc": clip_batch, "segin": sketch_batch}
+def random_scenes(args, device):
+    """[what `Scenes` of init.py gives, as noise]: pictures, objects, backgrounds of X and Y."""
+    x, y = random_batch(args, device)
+    o = torch.rand(args.batch, args.objects, 3, *[args.object_size] * 2, device=device) * 2 - 1
+    return [[x, y, o, o, x, y][:6 if args.method == "init" else 2]]
+
+
+BATCHES = {"init": random_scenes, "spade": labelled_batch, "pix2pixsc": clip_batch,
+           "segin": sketch_batch}
 
 
 def seconds(device, work):

@@ -86,34 +86,41 @@ def sincut(state, path):
 
 
 def init(state, path):
-    """MUNIT's gen_*.pt -> G_X, G_Y.
+    """MUNIT's gen_*.pt -> {"E_X": encoder, "G_X": decoder, "E_Y": ..., "G_Y": ...}.
 
-    Their layers come in the order of ours. Left out are the statistics that old instance
-    normalisations and all AdaIN layers keep in the file and never use.
+    Left out are the statistics that old instance normalisations and all AdaIN layers keep in the
+    file and never use.
     """
-    from init import Generator
+    from init import Decoder, Encoder
 
-    def generator(theirs):
+    def pair(theirs):
         theirs = {k: v for k, v in theirs.items() if ".running_" not in k}
         blocks = sum(k.startswith("enc_content.model.3.") and k.endswith("0.conv.weight")
                      for k in theirs)
-        G = Generator(len(theirs["enc_content.model.0.conv.weight"]),
-                      len(theirs["enc_style.model.6.weight"]),
-                      len(theirs["mlp.model.0.fc.weight"]), blocks)
-        names = [f"enc_style.model.{i}.conv" for i in range(5)] + ["enc_style.model.6"]
-        names += [f"enc_content.model.{i}.conv" for i in range(3)]
-        names += [f"{part}.model.{b}.model.{i}.conv" for part in ("enc_content.model.3",
-                  "dec.model.0") for b in range(blocks) for i in (0, 1)]
-        names += ["dec.model.2.conv", "dec.model.2.norm", "dec.model.4.conv", "dec.model.4.norm",
-                  "dec.model.5.conv", *(f"mlp.model.{i}.fc" for i in range(3))]
-        fill_by_order(G, [theirs.pop(f"{name}.{leaf}") for name in names for leaf in
-                          (("gamma", "beta") if "norm" in name else ("weight", "bias"))])
+        widths = (len(theirs["enc_content.model.0.conv.weight"]),
+                  len(theirs["enc_style.model.6.weight"]), blocks)
+
+        def filled(net, names):
+            return fill_by_order(net, [theirs.pop(f"{name}.{leaf}") for name in names for leaf in
+                                       (("gamma", "beta") if "norm" in name else
+                                        ("weight", "bias"))])
+
+        def convs(part):
+            return [f"{part}.model.{b}.model.{i}.conv" for b in range(blocks) for i in (0, 1)]
+
+        E = filled(Encoder(*widths), [
+            *(f"enc_content.model.{i}.conv" for i in range(3)), *convs("enc_content.model.3"),
+            *(f"enc_style.model.{i}.conv" for i in range(5)), "enc_style.model.6"])
+        G = filled(Decoder(*widths), [
+            *(f"mlp.model.{i}.fc" for i in range(3)), *convs("dec.model.0"), "dec.model.2.conv",
+            "dec.model.2.norm", "dec.model.4.conv", "dec.model.4.norm", "dec.model.5.conv"])
         if theirs:
             raise ValueError("more layers")
-        return G
+        return E, G
 
     with expecting(path, "neither a checkpoint of init.py nor the generators of MUNIT (gen_*.pt)"):
-        return generator(state["a"]), generator(state["b"])
+        (E_X, G_X), (E_Y, G_Y) = pair(state["a"]), pair(state["b"])
+        return {"E_X": E_X, "G_X": G_X, "E_Y": E_Y, "G_Y": G_Y}
 
 
 # ---- Swapping Autoencoder: everything in one file, under other names ----------------------------

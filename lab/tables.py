@@ -213,6 +213,17 @@ TABLES = {
         rows=[Row("EGSC-IT"), Row("without feature mask", "no_mask")],
         claims=[("EGSC-IT", "without feature mask", "masks keep ten things apart",
                  f"x_{way}: SSIM to the truth") for way in ("AB", "BA")]),
+    "init.munit": Table(
+        "init", "Tab. 3: INIT and MUNIT (paper: sunny -> night, rainy, cloudy)",
+        score="object diversity", flags=["--steps", "400"],
+        rows=[Row("INIT w/ Ds", paper={"LPIPS diversity": 0.274}),
+              Row("INIT w/o Ds", "without_Ds", paper={"LPIPS diversity": 0.246}),
+              Row("MUNIT", "munit", paper={"LPIPS diversity": 0.247}),
+              Row("MUNIT, twice the steps", "munit", ["--steps", "800"]),
+              Row("INIT, multi-scale", "multi_scale"), Row("INIT, Sg for z", "Sg_for_z")],
+        claims=[("INIT w/ Ds", "MUNIT", "objects are more diverse"),
+                ("INIT w/ Ds", "INIT w/o Ds", "a shared discriminator is better"),
+                ("INIT w/ Ds", "MUNIT, twice the steps", "objects are truer", "object error")]),
 }
 
 

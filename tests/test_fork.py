@@ -35,8 +35,8 @@ FORKS = {
                "--pretrain 1 --g-updates 2 --vgg random", "testA", EXEMPLAR),
     "segin": ("sketches", "--size 32 --ngf 4 --ndf 4 --downs 2 --batch 2 --vgg random "
               "--match-layer relu2_1", "test_sketch", ["--exemplar", "{data}/test_img/1.png"]),
-    "init": ("unpaired", "--size 32 --load 36 --object-size 16 --min-box 4 --ngf 4 --ndf 4 "
-             "--mlp-dim 8 --blocks 1 --style-dim 3 --dis-layers 2 --dis-scales 2", "testA", []),
+    "init": ("unpaired", "--size 32 --load 36 --object-size 16 --ngf 4 --ndf 4 --blocks 1 "
+             "--style-dim 3 --dis-layers 2 --dis-scales 2", "testA", []),
 }
 LAYOUTS = {
     "unpaired": ["trainA", "trainB", "testA", "testB"],

@@ -1,14 +1,13 @@
-"""init.py: MUNIT's networks, the association rule, every term of Eq. (4), and whole runs."""
+"""init.py: MUNIT's networks, the association of styles, every term of Eq. (4), and whole runs."""
 
 import json
+import math
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures
 from PIL import Image
+from transcriptions import close, instance_norm, parameters, reflect
 
 import common
 import init
@@ -25,46 +25,38 @@ from lab import metrics, toy
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-TINY = ["--size", "32", "--load", "36", "--object-size", "16", "--min-box", "4", "--batch", "2",
-        "--ngf", "4", "--ndf", "4", "--mlp-dim", "8", "--blocks", "1", "--style-dim", "3",
-        "--dis-layers", "2", "--dis-scales", "2", "--workers", "0", "--device", "cpu",
-        "--log-every", "1"]
+TINY = ["--size", "32", "--load", "36", "--object-size", "16", "--objects", "2", "--batch", "2",
+        "--ngf", "4", "--ndf", "4", "--blocks", "1", "--style-dim", "3", "--dis-layers", "2",
+        "--dis-scales", "2", "--workers", "0", "--device", "cpu", "--log-every", "1"]
+EQ_4 = ["--lambda-g", "9", "--lambda-cg", "2", "--lambda-sg", "3", "--lambda-o", "7",
+        "--lambda-co", "5", "--lambda-so", "4", "--lambda-cyc", "6"]
 
 
 def tiny_args(*flags):
     return init.get_args(["--data", ".", *TINY, *flags])
 
 
-def tiny(*flags):
-    """(args, networks and optimisers, a batch of noise), in float64."""
-    args = tiny_args(*flags)
-    m = init.build(args, CPU)
-    for net in nets(m).values():
-        net.double()
-    (batch,) = init.random_batch(args, CPU)
-    return args, m, [t.double() if t.is_floating_point() else t for t in batch]
-
-
-def nets(m):
-    return {name: part for name, part in vars(m).items() if isinstance(part, nn.Module)}
-
-
-def freeze_adam(m):
-    """lr 0: the step leaves its gradients behind but changes nothing."""
-    for optimiser in (m.opt_G, m.opt_D):
-        optimiser.param_groups[0]["lr"] = 0.0
-
-
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def noise(*shape, dtype=torch.double):
+    return torch.rand(shape, dtype=dtype) * 2 - 1
+
+
+def scenes(args, dtype=torch.double):
+    """Noise in the place of what `Scenes` gives."""
+    pictures, objects = (args.batch, 3, 32, 40), (args.batch, args.objects, 3, 16, 16)
+    shapes = [pictures, pictures, *[objects, objects, pictures, pictures] * (args.method == "init")]
+    return [noise(*shape, dtype=dtype) for shape in shapes]
+
+
+def modules(nets):
+    return {name: net for name, net in vars(nets).items() if isinstance(net, nn.Module)}
+
+
 def run(*flags):
     init.main([*map(str, flags)])
-
-
-def run_fails(capsys, *flags):
-    return error_of(capsys, init.main, *flags)
 
 
 @pytest.fixture
@@ -78,406 +70,412 @@ def folder(tmp_path):
     return root
 
 
-@pytest.fixture
-def trained(folder, tmp_path):
-    run("--data", folder, *TINY, "--steps", 2, "--out", tmp_path / "run")
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of two steps, on data in the folder beside it."""
+    root = tmp_path_factory.mktemp("trained")
+    noise_folder(root / "data")
+    (root / "data/boxes.json").write_text(json.dumps(
+        {f"{i}.png": [{"box": [4, 6, 24, 30]}] for i in range(4)}))
+    run("--data", root / "data", *TINY, "--steps", 2, "--out", root / "run")
+    return root / "run"
 
 
-# ---- networks --------------------------------------------------------------------------------
-
-
-def count(*parts):
-    return sum(p.numel() for net in parts for p in net.parameters())
-
-
-def test_parameter_counts_at_munits_widths():
-    m = init.build(init.get_args(["--data", "."]), CPU)
-    G = m.G_X
-    assert count(G.style_encoder) == 2_764_936 and count(G.content_encoder) == 5_385_856
-    assert count(G.mlp) == 1_120_768 and count(G.blocks, G.up) == 5_754_627
-    assert (count(G), len(list(G.parameters()))) == (15_026_187, 66)
-    assert count(m.D_X) == 3 * 2_757_057 and not hasattr(m, "D_Xo")
-    assert set(nets(m)) == {"G_X", "G_Y", "D_X", "D_Y"}  # 46.6 M, as many as MUNIT
-    assert [tuple(p.shape[1:]) for p in m.D_X(torch.zeros(2, 3, 120, 120))] == [
-        (1, 7, 7), (1, 3, 3), (1, 1, 1)]  # an object's crop: the coarsest scale sees all of it
-
-
-def test_paper_defaults():
-    args = init.get_args(["--data", "."])
-    assert (args.size, args.load, args.object_size) == (360, 360, 120) and args.share_discriminator
-    assert (args.lambda_g, args.lambda_cg, args.lambda_sg, args.lambda_cyc) == (10, 1, 1, 10)
-    assert (args.lambda_o, args.lambda_co, args.lambda_so) == (10, 1, 1)
-    assert (args.lr, args.decay_every, args.steps, args.batch) == (1e-4, 100_000, 1_000_000, 1)
-    group = init.build(tiny_args(), CPU).opt_G.param_groups[0]
-    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 1e-4)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 32, 48), (2, 3, 36, 20)])
-def test_shapes(shape):
-    G = init.Generator(4, 3, 8, 2)
-    x = torch.randn(shape)
-    c, s = G.content(x), G.style(x)
-    assert c.shape == (shape[0], 16, shape[2] // 4, shape[3] // 4) and s.shape == (shape[0], 3)
-    y = G.decode(c, s)
-    assert y.shape == shape and y.abs().max() <= 1
-
-
-def reflected(x, layer, pad, stride=1):
-    return F.conv2d(F.pad(x, (pad,) * 4, mode="reflect"), layer.weight, layer.bias, stride)
-
-
-def normalised(x):
-    """Instance normalisation, channel by channel."""
-    out = torch.empty_like(x)
-    for b in range(x.shape[0]):
-        for ch in range(x.shape[1]):
-            v = x[b, ch]
-            out[b, ch] = (v - v.mean()) / ((v - v.mean()).square().mean() + 1e-5).sqrt()
+@pytest.fixture(scope="module")
+def village(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "d2n"
+    toy.draw("day2night", out, n=8, size=64, n_test=8)
     return out
 
 
-def test_decoder_against_a_plain_transcription():
-    """The MLP's numbers come shift before scale, layer by layer; no '1 +'; MUNIT's LayerNorm."""
-    G = init.Generator(2, 3, 8, 2).double()
-    with torch.no_grad():
-        for p in G.parameters():
-            p.normal_(0, 0.5)
-    c, s = torch.randn(2, 8, 5, 4).double(), torch.randn(2, 3).double()
-    numbers = G.mlp(s)
-    assert numbers.shape == (2, 2 * 2 * 2 * 8)  # blocks x layers x (shift, scale) x channels
-    h, at = c, 0
-    for block in G.blocks:
-        skip = h
-        for i, layer in enumerate((block.conv1, block.conv2)):
-            shift, scale = numbers[:, at:at + 8], numbers[:, at + 8:at + 16]
-            at += 16
-            h = normalised(reflected(h, layer, 1)) * scale[..., None, None] + shift[..., None, None]
-            h = h.clamp(min=0) if i == 0 else h
-        h = skip + h
-    for i in (0, 4):
-        h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        h = reflected(h, G.up[i + 1], 2)
-        norm = G.up[i + 2]
-        h = torch.stack([(p - p.mean()) / (p.flatten().std() + 1e-5) for p in h])
-        h = (h * norm.gamma[:, None, None] + norm.beta[:, None, None]).clamp(min=0)
-    torch.testing.assert_close(G.decode(c, s), torch.tanh(reflected(h, G.up[8], 3)))
+# ---- configuration and networks -----------------------------------------------------------------
 
 
-def test_encoders_against_a_plain_transcription():
-    G = init.Generator(2, 3, 8, 1).double()
-    x = torch.randn(2, 3, 24, 32).double()
-    for norm, net, layers in ((normalised, G.content_encoder, (0, 3, 6)),
-                              (lambda h: h, G.style_encoder, (0, 2, 4, 6, 8))):
-        h = x
-        for i, k in enumerate(layers):
-            h = norm(reflected(h, net[k], 3 if i == 0 else 1, 1 if i == 0 else 2)).clamp(min=0)
-        if norm is normalised:
-            block = net[9].body
-            expected = h + normalised(reflected(
-                normalised(reflected(h, block[1], 1)).clamp(min=0), block[5], 1))
-            torch.testing.assert_close(G.content(x), expected)
-        else:
-            torch.testing.assert_close(G.style(x), h.mean((2, 3)) @ net[11].weight[:, :, 0, 0].T
-                                       + net[11].bias)
+def test_paper_defaults_of_both_settings():
+    args = init.get_args(["--data", "."])
+    assert (args.setting, args.load, args.size, args.object_size) == ("init", 360, None, 120)
+    assert args.share_discriminator and args.objects == 3
+    assert (args.lambda_g, args.lambda_cg, args.lambda_sg, args.lambda_cyc) == (10, 1, 1, 10)
+    assert (args.lambda_o, args.lambda_co, args.lambda_so) == (10, 1, 1)
+    assert (args.lr, args.decay_every, args.steps, args.batch) == (1e-4, 100_000, 1_000_000, 1)
+    coco = init.get_args(["--data", ".", "--setting", "coco"])
+    assert (coco.size, coco.object_size) == (360, 120) and coco.share_discriminator
+    assert init.short_side((1920, 1208), args) == 360
+    assert init.short_side((1920, 1208), coco) == 1208
+    assert init.resized((1920, 1208), 360) == [572, 360]
+    for optimiser in (init.build(tiny_args(), CPU).opt_G, init.build(tiny_args(), CPU).opt_D):
+        group, = optimiser.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.5, 0.999), 1e-4)
 
 
-def test_discriminator_scales_are_averaged_pictures():
-    D = init.Discriminator(4, 2, 3).double()
-    x = torch.randn(1, 3, 30, 22).double()
-    logits = D(x)
-    for net, found in zip(D.scales, logits, strict=True):
-        torch.testing.assert_close(found, net(x))
-        h, w = x.shape[2:]
-        x = torch.stack([torch.stack([  # 3 x 3 windows at every second pixel, edges left out
-            x[:, :, max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean((2, 3))
-            for j in range(0, w, 2)], -1) for i in range(0, h, 2)], -2)
+def test_toy_preset_changes_sizes_and_rates_but_no_term_of_the_objective():
+    real, small = init.get_args(["--data", "."]), init.get_args([])
+    for name in vars(real):
+        if name.startswith("lambda") and name != "lambda_sg" or name in ("setting", "method"):
+            assert getattr(real, name) == getattr(small, name), name
 
 
-# ---- style bank and association --------------------------------------------------------------
+def count(*nets):
+    return sum(p.numel() for net in nets for p in net.parameters())
 
 
-@pytest.mark.parametrize("content", init.GRANULARITY)
-def test_no_coarse_content_ever_gets_a_fine_style(content):
-    """Fig. 3. Codes are marked with the granularity they come from."""
-    order = {"object": 0, "background": 1, "global": 2}
-    for n in (0, 1, 3):
-        bank = init.style_bank(torch.zeros(n, 2), torch.ones(1, 2), torch.full((1, 2), 2.0))
-        got = Counter(int(init.associate(content, bank, rng(seed))[0]) for seed in range(300))
-        allowed = {level for level in order.values() if level >= order[content]}
-        assert set(got) == allowed - ({0} if n == 0 else set())
-        assert min(got.values()) > 0.7 * 300 / len(got)  # each granularity is equally likely
+def test_the_full_configuration():
+    nets = init.build(init.get_args(["--data", "."]), CPU)
+    assert count(nets.E_X.content) == 5_385_856 and count(nets.E_X.style) == 2_764_936
+    assert count(nets.G_X.mlp) == 1_120_768 and count(nets.G_X) == 1_120_768 + 5_754_627
+    assert count(nets.D_X) == 3 * 2_757_057 and set(modules(nets)) == {*init.NAMES}
+    assert [tuple(p.shape[1:]) for p in nets.D_X(torch.zeros(2, 3, 120, 120))] == [
+        (1, 7, 7), (1, 3, 3), (1, 1, 1)]  # an object's crop: the coarsest scale sees all of it
+    c, s = nets.E_Y(torch.zeros(1, 3, 32, 48))
+    assert (c.shape, s.shape) == ((1, 256, 8, 12), (1, 8))
+    assert nets.G_X(c, s).shape == (1, 3, 32, 48)
+    for name, net in modules(nets).items():
+        for layer in net.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.numel() > 5000:
+                he = math.sqrt(2 / layer.weight[0].numel())
+                std = float(layer.weight.detach().std())
+                assert std == pytest.approx(0.02 if name[0] == "D" else he, rel=0.05)
+                assert not layer.bias.any()
 
 
-def test_every_object_of_the_bank_is_used():
-    bank = init.style_bank(torch.arange(4.0)[:, None], torch.zeros(0, 1), torch.full((1, 1), 9.0))
-    assert {float(init.associate("object", bank, rng(seed))) for seed in range(100)} == {
-        0, 1, 2, 3, 9}
+@pytest.mark.parametrize("flags, more", [
+    (["--setting", "coco"], {"E_Xo", "G_Xo", "E_Yo", "G_Yo"}),
+    (["--no-share-discriminator"], {"D_Xo", "D_Yo"}), (["--method", "munit"], set()),
+    (["--method", "munit", "--setting", "coco", "--no-share-discriminator"], set())])
+def test_which_networks_are_shared(flags, more):
+    nets = init.build(tiny_args(*flags), CPU)
+    assert set(modules(nets)) == {*init.NAMES} | more
+    held = [{id(p) for p in opt.param_groups[0]["params"]} for opt in (nets.opt_G, nets.opt_D)]
+    for name, net in modules(nets).items():
+        assert {id(p) for p in net.parameters()} <= held[name[0] == "D"]
+    assert sum(map(len, held)) == sum(len([*net.parameters()]) for net in modules(nets).values())
 
 
-def test_bank_of_a_picture_without_objects():
-    """No object style; the background is the whole picture."""
-    args, m, batch = tiny()
-    batch[3][0] = 0
-    side = init.encode_styles(m, "X", batch[0], batch[1:4], args)
-    empty, other = side.banks
-    assert [len(empty[g]) for g in init.GRANULARITY] == [0, 1, 1]
-    assert [len(other[g]) for g in init.GRANULARITY] == [2, 1, 1] and side.owner == [1, 1]
-    torch.testing.assert_close(empty["background"], empty["global"])
-    assert not any(code.requires_grad for bank in side.banks for code in bank.values())
-    torch.testing.assert_close(side.o, batch[2][1])  # the crops of the other picture only
+def take(p, x, pad, stride=1):
+    """The next convolution of the parameters p, with reflected edges."""
+    return F.conv2d(reflect(x, pad) if pad else x, next(p), next(p), stride=stride)
 
 
-def test_background_style_does_not_see_the_objects():
-    args, m, batch = tiny()
-    batch[1][:, :, 4:20, 6:30] = 0
-    before = init.encode_styles(m, "X", batch[0], batch[1:4], args).banks[0]
-    batch[0][:, :, 4:20, 6:30] = 1
-    after = init.encode_styles(m, "X", batch[0], batch[1:4], args).banks[0]
-    assert torch.equal(before["background"], after["background"])
-    assert not torch.equal(before["global"], after["global"])
+def encoder(params, x, blocks):
+    """Content and style encoder by the facts of MUNIT's code."""
+    p = iter(params)
+    c = instance_norm(take(p, x, 3)).relu()
+    for _ in range(2):
+        c = instance_norm(take(p, c, 1, 2)).relu()
+    for _ in range(blocks):
+        h = instance_norm(take(p, c, 1)).relu()
+        c = c + instance_norm(take(p, h, 1))
+    s = take(p, x, 3).relu()
+    for _ in range(4):
+        s = take(p, s, 1, 2).relu()
+    s = take(p, s.mean((2, 3), keepdim=True), 0)[:, :, 0, 0]
+    assert next(p, None) is None
+    return c, s
 
 
-# ---- losses and the step ---------------------------------------------------------------------
+def decoder(params, c, s, blocks):
+    """Shift before scale, layer by layer; no '1 +'; MUNIT's layer normalisation."""
+    p = iter(params)
+    numbers = F.linear(F.linear(s, next(p), next(p)).relu(), next(p), next(p)).relu()
+    numbers = list(F.linear(numbers, next(p), next(p)).split(c.shape[1], dim=1))
+
+    def styled(x):
+        shift, scale = numbers.pop(0), numbers.pop(0)
+        return instance_norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+
+    for _ in range(blocks):
+        h = styled(take(p, c, 1)).relu()
+        c = c + styled(take(p, h, 1))
+    assert not numbers
+    for _ in range(2):
+        c = take(p, c.repeat_interleave(2, 2).repeat_interleave(2, 3), 2)
+        c = torch.stack([(one - one.mean()) / (one.flatten().std() + 1e-5) for one in c])
+        c = (c * next(p)[:, None, None] + next(p)[:, None, None]).relu()
+    y = take(p, c, 3).tanh()
+    assert next(p, None) is None
+    return y
 
 
-def naive_terms(m, batch, args, D_o):
-    """Eq. (4) as printed, picture by picture and crop by crop: terms of G and losses of D."""
-    def mean_abs(pairs):
-        pairs = list(pairs)
-        return sum((a - b).abs().sum() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
-
-    def lsgan(maps, target):  # maps: for each sample the logits of every scale
-        return sum(torch.stack([(p[k] - target).square().mean() for p in maps]).mean()
-                   for k in range(args.dis_scales))
-
-    def flat(o, count):
-        return [o[i, j][None] for i in range(len(o)) for j in range(count[i])]
-
-    terms, losses_D = Counter(), Counter()
-    pick = rng()
-    for S, T, s, t in (("X", "Y", batch[:4], batch[4:]), ("Y", "X", batch[4:], batch[:4])):
-        G, H, D = getattr(m, f"G_{S}"), getattr(m, f"G_{T}"), getattr(m, f"D_{T}")
-        x, o = [p[None] for p in s[0]], flat(s[2], s[3])
-        owner = [i for i, n in enumerate(s[3]) for _ in range(n)]
-        z = torch.randn(len(x), args.style_dim, dtype=torch.double)
-        sigma = []
-        for i in owner:
-            bank = {"object": torch.cat([H.style(t[2][i, j][None]) for j in range(t[3][i])]),
-                    "background": H.style(t[0][i][None] * t[1][i]),
-                    "global": H.style(t[0][i][None])}
-            sigma.append(init.associate("object", bank, pick).detach())
-        for k, inputs, styles, judge, real in (
-                ("g", x, z, D, [p[None] for p in t[0]]),
-                ("o", o, sigma, getattr(m, f"D_{T}o") if D_o else D, flat(t[2], t[3]))):
-            c = [G.content(v) for v in inputs]
-            own = [G.style(v) for v in inputs]
-            out = [H.decode(a, b[None]) for a, b in zip(c, styles, strict=True)]
-            c_hat, s_hat = [H.content(v) for v in out], [H.style(v) for v in out]
-            terms[k] += mean_abs(zip([G.decode(*cs) for cs in zip(c, own, strict=True)], inputs,
-                                     strict=True))
-            terms[f"c{k}"] += mean_abs(zip(c_hat, c, strict=True))
-            terms[f"s{k}"] += mean_abs((a[0], b) for a, b in zip(s_hat, styles, strict=True))
-            back = [G.decode(*cs) for cs in zip(c_hat, own, strict=True)]
-            terms[f"cyc_{k}"] += mean_abs(zip(back, inputs, strict=True))
-            terms[f"adv_{k}"] += lsgan([judge(v) for v in out], 1)
-            losses_D[k] += lsgan([judge(v.detach()) for v in out], 0) + lsgan(
-                [judge(v) for v in real], 1)
-            if k == "o":  # image <-> object, within the domain
-                s_g = [G.style(x[i]) for i in owner]
-                u = [G.decode(*cs) for cs in zip(c, s_g, strict=True)]
-                terms["co"] += mean_abs((G.content(v), a) for v, a in zip(u, c, strict=True))
-                terms["so"] += mean_abs((G.style(v), a.detach())
-                                        for v, a in zip(u, s_g, strict=True))
-                terms["cyc_o"] += mean_abs((G.decode(G.content(v), a), b) for v, a, b in
-                                           zip(u, own, o, strict=True))
-    return terms, losses_D
+def discriminator(params, x, layers, scales):
+    """[logits]: the picture, then its means over 3 x 3 windows at every second pixel."""
+    p, logits = iter(params), []
+    for scale in range(scales):
+        if scale:
+            h, w = x.shape[2:]
+            x = torch.stack([torch.stack([
+                x[:, :, max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean((2, 3))
+                for j in range(0, w, 2)], -1) for i in range(0, h, 2)], -2)
+        v = x
+        for _ in range(layers):
+            v = F.leaky_relu(take(p, v, 1, 2), 0.2)
+        logits.append(take(p, v, 0))
+    assert next(p, None) is None
+    return logits
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_every_term_of_the_objective_and_all_gradients(share):
-    """Losses, and the gradients that the step leaves in G and D, with unlike numbers of crops."""
-    weights = {"g": 9, "cg": 2, "sg": 3, "o": 7, "co": 5, "so": 4}
-    args, m, batch = tiny(*([] if share else ["--no-share-discriminator"]), "--lambda-cyc", "6",
-                          *(f for k, v in weights.items() for f in (f"--lambda-{k}", str(v))))
-    batch[3][0], batch[7][1] = 1, 1  # X: 1 and 2 crops; Y: 2 and 1
-    batch[1][:, :, 3:9, 5:20] = batch[5][:, :, 8:30, 8:30] = 0
-    freeze_adam(m)
-    grads_D = {}
-
-    def keep(optimiser, *_):  # the gradients of each D, before the other half clears them
-        grads_D.update({p: p.grad.clone() for p in optimiser.param_groups[0]["params"]
-                        if p.grad is not None})
-
-    m.opt_D.register_step_pre_hook(keep)
-    torch.manual_seed(5)
-    losses = init.train_step(m, batch, args, rng())
-    grads = {p: p.grad for p in [*m.G_X.parameters(), *m.G_Y.parameters()]} | grads_D
-    torch.manual_seed(5)
-    terms, losses_D = naive_terms(m, batch, args, not share)
-    assert set(losses) == {*terms, "D_g", "D_o"}
-    for name, value in terms.items():
-        torch.testing.assert_close(losses[name], value.detach())
-    for k, value in losses_D.items():
-        torch.testing.assert_close(losses[f"D_{k}"], value.detach())
-    total = sum(v * {"adv_g": 1, "adv_o": 1, "cyc_g": 6, "cyc_o": 6, **weights}[k]
-                for k, v in terms.items())
-    for objective, letter in ((total, "G"), (sum(losses_D.values()), "D")):
-        params = [p for name, net in nets(m).items() if name[0] == letter for p in net.parameters()]
-        naive = torch.autograd.grad(objective, params, retain_graph=True)
-        for p, g in zip(params, naive, strict=True):
-            torch.testing.assert_close(grads[p], g, atol=1e-9, rtol=1e-6)
+def lively(nets):
+    """Float64, weights that saturate nothing, and rates of 0: a step leaves its gradients."""
+    for net in modules(nets).values():
+        net.double()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.normal_(0, 0.2)
+    for optimiser in (nets.opt_G, nets.opt_D):
+        optimiser.param_groups[0]["lr"] = 0.0
+    return nets
 
 
-def test_munit_is_the_global_half_of_the_objective():
-    args, m, batch = tiny()
-    freeze_adam(m)
-    munit = tiny_args("--method", "munit")
-    torch.manual_seed(5)
-    both = init.train_step(m, batch, args, rng())
-    torch.manual_seed(5)
-    alone = init.train_step(m, [batch[0], batch[4]], munit, rng())
-    assert set(alone) == {"g", "cg", "sg", "cyc_g", "adv_g", "D_g"}
-    for name, value in alone.items():
-        torch.testing.assert_close(value, both[name])
+def test_networks_are_their_layer_tables():
+    nets = lively(init.build(tiny_args("--blocks", "2", "--dis-scales", "3"), CPU))
+    x, s = noise(2, 3, 36, 28), torch.randn(2, 3, dtype=torch.double)
+    c, own = nets.E_X(x)
+    close([c, own], encoder(parameters(nets.E_X), x, 2))
+    close([nets.G_X(c, s)], [decoder(parameters(nets.G_X), c, s, 2)])
+    close(nets.D_X(x), discriminator(parameters(nets.D_X), x, 2, 3))
 
 
-def test_latent_reconstruction_uses_the_encoders_of_the_other_domain():
-    calls = []
-
-    def stub(name):
-        return SimpleNamespace(
-            content=lambda v: calls.append((name, "content", float(v))) or v + 1,
-            style=lambda v: calls.append((name, "style", float(v))) or v + 2,
-            decode=lambda c, s: calls.append((name, "decode", float(c))) or c + 10 * s)
-
-    x, s, sigma = (torch.tensor(v) for v in (0.0, 3.0, 5.0))
-    v = init.reconstruct(x, s, sigma, stub("X"), stub("Y"))
-    assert calls == [("X", "content", 0), ("X", "decode", 1), ("Y", "decode", 1)]
-    calls.clear()
-    init.reconstruction_terms(v, stub("X"), stub("Y"), "g", True)
-    assert calls == [("Y", "content", 51), ("Y", "style", 51), ("X", "decode", 52)]
+# ---- the bank and the association ---------------------------------------------------------------
 
 
-def test_shared_discriminator_is_one_object_and_separate_ones_see_their_own():
-    args, m, batch = tiny()
-    judged = []
-    m.D_Y.register_forward_hook(lambda net, x, out: judged.append(x[0].shape[-1]))
-    init.train_step(m, batch, args, rng())
-    assert judged == [32, 16] * 2 and set(nets(m)) == {"G_X", "G_Y", "D_X", "D_Y"}
-    args, m, batch = tiny("--no-share-discriminator")
-    seen = {}
-    for name in ("D_X", "D_Y", "D_Xo", "D_Yo"):
-        getattr(m, name).register_forward_hook(
-            lambda net, x, out, name=name: seen.setdefault(name, set()).add(x[0].shape[-1]))
-    init.train_step(m, batch, args, rng())
-    assert seen == {"D_X": {32}, "D_Y": {32}, "D_Xo": {16}, "D_Yo": {16}}
+def test_the_bank_is_fig_4s_and_constant():
+    s_o, s_b, s_g = (noise(n, 3).requires_grad_() for n in (6, 2, 2))
+    bank = init.style_bank(s_o, s_b, s_g)
+    assert bank.shape == (2, 5, 3) and not bank.requires_grad
+    for i in range(2):
+        close(bank[i], [*s_o[3 * i:3 * i + 3], s_b[i], s_g[i]], 0, 0)
 
 
-def test_every_encoder_sees_a_picture_once(monkeypatch):
-    """Two domains: real pictures and translations, crops likewise, and crops in picture style."""
+def test_an_object_may_wear_every_style_of_its_own_picture():
+    """Fig. 3's first row: object, background, global; each code of the bank is equally likely."""
+    bank = (torch.arange(2)[:, None] * 10 + torch.arange(5)[None])[..., None].double()
     seen = Counter()
-    for name in ("content", "style"):
-        original = getattr(init.Generator, name)
-        monkeypatch.setattr(init.Generator, name, lambda self, x, name=name, original=original: (
-            seen.update({(name, x.shape[-1]): len(x)}) or original(self, x)))
-    args, m, batch = tiny()  # 2 pictures and 4 crops per domain
-    init.train_step(m, batch, args, rng())
-    assert seen == {("content", 32): 8, ("style", 32): 8 + 4,  # and the masked backgrounds
-                    ("content", 16): 16 + 8, ("style", 16): 16 + 8}
+    for seed in range(400):
+        styles = init.associate(bank, rng(seed)).flatten().tolist()
+        assert [s // 10 for s in styles] == [0, 0, 0, 1, 1, 1]
+        seen.update(styles)
+    assert set(seen) == {0, 1, 2, 3, 4, 10, 11, 12, 13, 14}
+    assert all(200 < n < 280 for n in seen.values())  # 240 +- 14
 
 
-@pytest.mark.parametrize("flags", [
-    ["--amp"], ["--multi-scale", "--size", "64"], ["--lambda-cyc", "0"],
-    ["--no-share-discriminator"], ["--method", "munit"]])
-def test_variants_train(flags):
+# ---- the step -----------------------------------------------------------------------------------
+
+
+def naive_step(nets, batch, args):
+    """Losses of Eq. (4) and gradients as the paper words them: one picture, one object at a time,
+    by transcriptions, every code computed anew. Draws what `train_step` draws, in its order."""
+    p = {name: parameters(net) for name, net in modules(nets).items()}
+    B, K = args.batch, args.objects
+    z_X, z_Y = torch.randn(B, 3, dtype=torch.double), torch.randn(B, 3, dtype=torch.double)
+    draw = rng(3)
+    picks = [torch.randint(K + 2, (B, K), generator=draw) for _ in "XY"]
+    I_, o, b = batch[:2], batch[2:4], batch[4:]
+    L = Counter()
+
+    def of(name, level):
+        return p.get(f"{name}o", p[name]) if level == "o" else p[name]
+
+    def E(d, x, level):
+        return encoder(of(f"E_{d}", level), x, args.blocks)
+
+    def G(d, c, s, level):
+        return decoder(of(f"G_{d}", level), c, s, args.blocks)
+
+    def judge(d, x, target, level):
+        return sum((logits - target).square().mean() for logits in discriminator(
+            of(f"D_{d}", level), x, args.dis_layers, args.dis_scales))
+
+    def one(x, d, e, t, level, n):
+        """A picture or object x of domain d translated to e in style t; n of them."""
+        c, s = E(d, x, level)
+        y = G(e, c, t, level)
+        c_hat, s_hat = E(e, y, level)
+        L[f"L_{level}"] += (G(d, c, s, level) - x).abs().mean() / n
+        share = n * (2 if level == "o" else 1)
+        L[f"L_c{level}"] += (c_hat - c).abs().mean() / share
+        L[f"L_s{level}"] += (s_hat - t).abs().mean() / share
+        L[f"L_cyc_{level}"] += (G(d, c_hat, s, level) - x).abs().mean() / share
+        L[f"L_adv_{level}"] += judge(e, y, 1, level) / n
+        L[f"L_D_{level}"] += judge(e, y.detach(), 0, level) / n
+        L[f"L_D_{level}"] += judge(d, x, 1, level) / n
+        return c, s
+
+    for k, (d, e, z) in enumerate((("X", "Y", z_Y), ("Y", "X", z_X))):
+        for i in range(B):
+            x = I_[k][i:i + 1]
+            _, s_g = one(x, d, e, z[i:i + 1], "g", B)
+            for j in range(K if args.method == "init" else 0):
+                pick = int(picks[1 - k][i, j])  # in the other domain's bank
+                t = (E(e, o[1 - k][i, pick][None], "o") if pick < K else
+                     E(e, (b if pick == K else I_)[1 - k][i:i + 1], "g"))[1].detach()
+                own = o[k][i, j][None]
+                c, s = one(own, d, e, t, "o", B * K)
+                u = G(d, c, s_g, "o")                         # Eq. (2) as printed
+                c_hat, s_hat = E(d, u, "o")
+                L["L_co"] += (c_hat - c).abs().mean() / (2 * B * K)
+                L["L_so"] += (s_hat - s_g.detach()).abs().mean() / (2 * B * K)
+                L["L_cyc_o"] += (G(d, c_hat, s, "o") - own).abs().mean() / (2 * B * K)
+    if not args.lambda_cyc:
+        L.update({name: -value for name, value in L.items() if "cyc" in name})
+    weights = {"L_g": 9, "L_cg": 2, "L_sg": 3, "L_o": 7, "L_co": 5, "L_so": 4, "L_adv_g": 1,
+               "L_adv_o": 1, "L_cyc_g": args.lambda_cyc, "L_cyc_o": args.lambda_cyc}
+    total = sum(weights[name] * value for name, value in L.items() if "D" not in name)
+    groups = [[q for name in p if (name[0] == "D") == judges for q in p[name]]
+              for judges in (False, True)]
+    return L, [torch.autograd.grad(total, groups[0]),
+               torch.autograd.grad(sum(v for name, v in L.items() if "D" in name), groups[1])]
+
+
+@pytest.mark.parametrize("B, flags", [
+    (1, []), (2, ["--no-share-discriminator"]), (2, ["--setting", "coco", "--size", "32", "--load",
+     "36", "--objects", "3"]), (1, ["--lambda-cyc", "0", "--objects", "1"]),
+    (2, ["--method", "munit"])])
+def test_step_is_the_objective(B, flags):
+    """Eq. (1) to (4): losses and all gradients in float64, every mode, every weight another."""
+    args = tiny_args(*EQ_4, "--batch", str(B), *flags)
+    nets, batch = lively(init.build(args, CPU)), scenes(args)
+    torch.manual_seed(5)
+    expected, grads = naive_step(nets, batch, args)
+    torch.manual_seed(5)
+    losses = init.train_step(nets, batch, args, rng(3))
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        close([losses[name].detach()], [value.detach()], 1e-9, 1e-12)
+    for judges in (False, True):
+        close([q.grad for name, net in modules(nets).items() if (name[0] == "D") == judges
+               for q in net.parameters()], grads[judges])
+
+
+def test_g_is_judged_by_the_d_that_has_just_learnt():
+    args = tiny_args()
+    nets, batch = lively(init.build(args, CPU)), scenes(args)
+    torch.manual_seed(5)
+    before = init.train_step(nets, batch, args, rng())
+    nets.opt_D.param_groups[0]["lr"] = 0.05
+    torch.manual_seed(5)
+    after = init.train_step(nets, batch, args, rng())
+    assert before["L_D_g"] == after["L_D_g"] and before["L_sg"] == after["L_sg"]
+    for name in ("L_adv_g", "L_adv_o"):
+        assert abs(after[name] - before[name]) > 0.01 * before[name]
+
+
+def test_chance_is_what_an_undecided_d_and_a_blind_encoder_get():
+    args = tiny_args()
+    half = [torch.full((1, 1, 3, 3), 0.5)] * args.dis_scales
+    one, zero = float(init.lsgan(half, 1.0)), float(init.lsgan(half, 0.0))
+    expected = {"L_adv_g": 2 * one, "L_D_g": 2 * (one + zero), "L_sg": float(
+        2 * init.l1(torch.zeros(10**6), torch.randn(10**6)))}
+    assert init.chance(tiny_args("--method", "munit")) == pytest.approx(expected, rel=5e-3)
+    expected |= {"L_adv_o": expected["L_adv_g"], "L_D_o": expected["L_D_g"]}
+    assert init.chance(args) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("flags", [["--amp"], ["--setting", "coco", "--size", "32", "--load", "36",
+                                    "--no-share-discriminator"], ["--method", "munit"]])
+def test_every_weight_learns_and_losses_are_float32(flags):
     args = tiny_args(*flags)
-    m = init.build(args, CPU)
-    (batch,) = init.random_batch(args, CPU)
-    before = {name: [p.clone() for p in net.parameters()] for name, net in nets(m).items()}
-    for step in range(2):
-        losses = init.train_step(m, batch, args, rng(step))
+    nets, batch = init.build(args, CPU), None
+    batch = scenes(args, torch.float32)
+    before = {name: parameters(net) for name, net in modules(nets).items()}
+    for step in range(3):
+        losses = init.train_step(nets, batch, args, rng(step))
         assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
-    assert any("cyc" in name for name in losses) == ("--lambda-cyc" not in flags)
     for name, old in before.items():
-        assert all(not torch.equal(a, b) for a, b in zip(old, nets(m)[name].parameters(),
+        assert all(not torch.equal(a, b) for a, b in zip(old, getattr(nets, name).parameters(),
                                                          strict=True)), name
 
 
-@pytest.mark.parametrize("count_X, count_Y", [(0, 0), (0, 2), (2, 0)])
-def test_pictures_without_objects_keep_the_global_terms(count_X, count_Y):
-    args, m, batch = tiny("--no-share-discriminator")
-    batch[3][:], batch[7][:] = count_X, count_Y
-    losses = init.train_step(m, batch, args, rng())
-    assert losses["g"] > 0 and losses["adv_g"] > 0 and losses["D_g"] > 0 and losses["D_o"] == 0
-    assert (losses["o"] > 0) == (count_X + count_Y > 0)
-    assert all(p.grad is not None for p in m.G_X.parameters())
+@pytest.mark.slow
+def test_compile_does_not_compile_anew_at_every_step():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    args = tiny_args("--compile")
+    nets, batch, graphs = init.build(args, CPU), scenes(args, torch.float32), []
+    for step in range(4):
+        init.train_step(nets, batch, args, rng(step))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[2] == graphs[3]
 
 
-def test_multi_scale_swaps_styles_both_ways():
-    """Sec. 3: the half-size picture in the full one's style, and the reverse."""
-    args, m, batch = tiny("--multi-scale", "--size", "64")
-    assert (args.object_size, args.objects) == (32, 1)
-    seen = Counter()
-    decode = init.Generator.decode
-
-    def spy(self, c, s):
-        seen[tuple(c.shape[-2:])] += 1
-        return decode(self, c, s)
-
-    for net in (m.G_X, m.G_Y):
-        net.decode = spy.__get__(net)
-    init.train_step(m, batch, args, rng())
-    # per domain and size: rebuilt, translated, cycle, and Fig. 5 twice
-    assert seen == {(16, 16): 10, (8, 8): 10}
+# ---- data ---------------------------------------------------------------------------------------
 
 
-def test_rate_is_halved():
-    assert [init.rate(step, 10) for step in (0, 9, 10, 19, 20)] == [1, 1, 0.5, 0.5, 0.25]
-
-
-# ---- data ------------------------------------------------------------------------------------
-
-
-def test_boxes_follow_resize_crop_and_mirror(tmp_path):
-    """The object is the only red thing: crops show red, the background mask hides all of it."""
+def marked(root, size=(80, 50), box=(30, 12, 62, 40), k=1):
+    """Grey pictures whose only red thing, the object, has stripes, and blue on its left."""
     for side in "AB":
-        (tmp_path / f"train{side}").mkdir()
-        picture = np.full((50, 80, 3), 40, dtype=np.uint8)
-        picture[12:40, 30:62, 0] = 250
-        Image.fromarray(picture).save(tmp_path / f"train{side}/a.png")
-    (tmp_path / "boxes.json").write_text(json.dumps({"a.png": [{"box": [30, 12, 62, 40]}]}))
-    data = init.Scenes(tmp_path, tiny_args("--objects", "3"))
-    counts, widths = Counter(), set()
+        (root / f"train{side}").mkdir(parents=True)
+        picture = np.full((size[1], size[0], 3), 40, dtype=np.uint8)
+        thing = picture[box[1]:box[3], box[0]:box[2]]
+        thing[:, ::4, 1] = thing[:, 1::4, 1] = 120
+        thing[..., 0], thing[:, :9, 2] = 250, 200
+        for i in range(k):
+            Image.fromarray(picture + np.uint8(i)).save(root / f"train{side}/{i}.png")
+    (root / "boxes.json").write_text(json.dumps({f"{i}.png": [{"box": box}] for i in range(k)}))
+    return common.open_rgb(root / "trainA/0.png")
+
+
+def test_boxes_follow_mirror_resize_and_crop(tmp_path):
+    """Objects are cut from the file, at its own sharpness; the background hides all of them."""
+    im = marked(tmp_path)
+    data, widths, mirrored = init.Scenes(tmp_path, tiny_args("--objects", "3")), set(), Counter()
+    small = im.resize((56, 36), Image.BILINEAR)          # 80 x 50, short side 36: multiples of 4
+    whole = common.to_tensor(small)
+    crop = common.to_tensor(im.resize((16, 16), Image.BILINEAR, (30, 12, 62, 40)))
     for n in range(40):
-        x, keep, o, count = data[n][:4]
-        assert x.shape == (3, 32, 32) and keep.shape == (1, 32, 32) and o.shape == (3, 3, 16, 16)
-        red = (x[0] - x[1]) > 0.8
-        assert not (red & (keep[0] == 1)).any()
-        assert ((keep[0] == 0) & ~red).float().sum() <= 0.25 * max(1, red.sum())
-        assert (o[:count, 0, 4:12, 4:12] > 0.5).all() and (o[count:] == 0).all()
-        counts[count] += 1
-        widths.add(int(red.any(0).sum()))
-        assert_same(list(data[n]), list(data[n]))  # a sample depends on its number alone
-    assert set(counts) == {0, 1} and len(widths) > 3  # mostly outside of some crops
+        I_X, I_Y, o_X, o_Y, b_X, b_Y = data[n]
+        assert_same(data[n], data[n])                    # a sample depends on its number alone
+        for I_d, o_d, b_d in ((I_X, o_X, b_X), (I_Y, o_Y, b_Y)):
+            assert I_d.shape == b_d.shape == (3, 32, 32) and o_d.shape == (3, 3, 16, 16)
+            turned = not torch.equal(o_d[0], crop)
+            mirrored[turned] += 1
+            shown = I_d.flip(2) if turned else I_d       # a crop of the picture, bilinear
+            assert any((shown - whole[:, i:i + 32, j:j + 32]).abs().max() < 0.02
+                       for i in range(5) for j in range(25))
+            torch.testing.assert_close(o_d, (crop.flip(2) if turned else crop).expand(3, 3, 16, 16),
+                                       rtol=0, atol=0.02)
+            red = I_d[0] - I_d[1] > 0.2                  # resizing blurs edges by that much
+            assert not (b_d[0] - b_d[1] > 0.2).any() and (b_d[:, red] == 0).all()
+            seen = (b_d == I_d).all(0)
+            assert (~seen).sum() <= 1.3 * red.sum() + 4 and seen.any()
+            widths.add(int(red.any(0).sum()))
+    assert len(widths) > 3 and 25 < mirrored[True] < 55  # 40 +- 4.5
 
 
-def test_small_boxes_are_neither_object_nor_background(folder):
-    args = tiny_args("--min-box", "30")
-    _, keep, _, count = init.Scenes(folder, args).load(folder / "trainA/1.png", random.Random(0))
-    assert count == 0 and (keep == 0).any()
+@pytest.mark.parametrize("setting, size, shape", [
+    ("init", None, (3, 36, 56)), ("coco", None, (3, 48, 80)), ("init", 64, (3, 64, 64)),
+    ("coco", 32, (3, 32, 32)), ("coco", 64, (3, 64, 64))])
+def test_settings_of_the_crop(tmp_path, setting, size, shape):
+    """Whole pictures, at their own size too; a crop larger than the picture enlarges it."""
+    marked(tmp_path)
+    args = tiny_args("--setting", setting)
+    args.size = size
+    sample = init.Scenes(tmp_path, args)[0]
+    assert [tuple(t.shape) for t in sample] == [shape] * 2 + [(2, 3, 16, 16)] * 2 + [shape] * 2
 
 
-def test_at_most_so_many_objects_and_none_for_munit(folder):
-    data = init.Scenes(folder, tiny_args("--objects", "1", "--load", "32"))
-    assert {data[n][3] for n in range(12)} == {0, 1}
-    assert len(init.Scenes(folder, tiny_args("--method", "munit"))[0]) == 2
-    (folder / "boxes.json").unlink()
-    sample = init.Scenes(folder, tiny_args("--multi-scale", "--size", "64"))[0]
-    x, keep, o, n = sample[:4]
-    assert n == 1 and (keep == 1).all()
-    expected = common.to_tensor(common.to_pil(x).resize((32, 32), Image.BILINEAR))
-    torch.testing.assert_close(o[0], expected)
+def test_each_picture_once_an_epoch_in_both_domains(tmp_path, monkeypatch):
+    marked(tmp_path, k=3)
+    (tmp_path / "trainB/2.png").unlink()
+    data, orders = init.Scenes(tmp_path, tiny_args()), {"A": [], "B": []}
+    monkeypatch.setattr(data, "load", lambda path, rng: orders[path.parent.name[-1]].append(
+        path.stem) or (path,))
+    for n in range(12):
+        data[n]
+    for side, k in (("A", 3), ("B", 2)):
+        epochs = [orders[side][i:i + k] for i in range(0, 12, k)]
+        assert all(sorted(e) == list("012"[:k]) for e in epochs) and len({*map(str, epochs)}) > 1
+    assert len(data) == 3
+
+
+def test_pictures_without_usable_boxes_train_munit_only(folder, capsys):
+    data = init.Scenes(folder, tiny_args())
+    assert "trainA: 1 of 4 pictures have no usable box" in capsys.readouterr().out
+    assert {side: len(files) for side, files in data.files.items()} == {"A": 3, "B": 3}
+    data = init.Scenes(folder, tiny_args("--method", "munit"))
+    assert len(data) == 4 and [part.shape for part in data[0]] == [(3, 32, 32)] * 2
+    boxes = [(0, 0, 19, 40), (5, 5, 25, 25), (0, 0, 40, 19)]        # 120 / 6 = 20
+    data.args.object_size = 120
+    assert data.objects(boxes) == [(5, 5, 25, 25)]
 
 
 @pytest.mark.parametrize("entry, words", [
@@ -488,116 +486,118 @@ def test_at_most_so_many_objects_and_none_for_munit(folder):
 def test_bad_boxes_are_named(folder, tmp_path, capsys, entry, words):
     table = {"trainA/2.png": [{"box": [0, 0, 48, 40]}, entry], "trainB/2.png": []}
     (folder / "boxes.json").write_text(json.dumps(table))
-    line = run_fails(capsys, "--data", folder, *TINY, "--out", tmp_path / "r")
+    line = error_of(capsys, init.main, "--data", folder, *TINY, "--out", tmp_path / "r")
     assert "boxes.json" in line and "trainA/2.png" in line and words in line
     assert not (tmp_path / "r").exists()
 
 
 def test_missing_or_broken_boxes(folder, tmp_path, capsys):
     flags = ["--data", folder, *TINY, "--out", tmp_path / "r"]
-    for text, words in (("{", "not readable"), ("[1]", "expected"), ("{}", "no boxes")):
+    for text, words in (("{", "not readable"), ("[1]", "expected"), ("{}", "no usable boxes")):
         (folder / "boxes.json").write_text(text)
-        assert words in run_fails(capsys, *flags)
+        assert words in error_of(capsys, init.main, *flags)
     (folder / "boxes.json").unlink()
-    line = run_fails(capsys, *flags)
-    assert "boxes.json: not found" in line and "--multi-scale" in line and "munit" in line
+    line = error_of(capsys, init.main, *flags)
+    assert "boxes.json: not found" in line and "munit" in line
 
 
-# ---- toy data --------------------------------------------------------------------------------
+# ---- toy data -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def village(tmp_path_factory):
-    out = tmp_path_factory.mktemp("toy") / "d2n"
-    toy.draw("day2night", out, n=8, size=64, n_test=8)
-    return out
+def pictures(folder):
+    return np.stack([np.asarray(Image.open(f)).astype(float) for f in sorted(folder.iterdir())])
 
 
-def test_toy_layout_and_boxes(village):
+def test_toy_boxes_hold_what_shines_by_night_and_the_rest_is_dark(village):
     table = json.loads((village / "boxes.json").read_text())
-    assert len(table) == 8 * 6
-    for name, things in table.items():
-        assert (village / name).exists()
-        assert [t["label"] for t in things] == ["hut", "lantern", "animal"]
-        for x0, y0, x1, y1 in (t["box"] for t in things):
-            assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64
-    found = init.read_boxes(village, common.find_split(village, "train", "A"))
-    assert len(found) == 8
+    assert len(table) == 8 * 6 and all((village / name).exists() for name in table)
+    assert all([t["label"] for t in things] == ["hut", "lantern", "animal"]
+               for things in table.values())
+    inside = toy.inside_boxes(village, "test")
+    for i, (day, night) in enumerate(zip(pictures(village / "testA"), pictures(village / "testB"),
+                                         strict=True)):
+        boxes = table[f"testA/{i:04d}.png"]
+        assert boxes == table[f"testB/{i:04d}.png"]
+        expected = np.zeros((64, 64), dtype=bool)
+        for x0, y0, x1, y1 in (thing["box"] for thing in boxes):
+            expected[y0:y1, x0:x1] = True
+        assert (inside[i] == expected).all()
+        assert night[~inside[i]].max() < 180 and night[inside[i]].max() > 200
+        assert day[~inside[i]].mean() > 2 * night[~inside[i]].mean()
 
 
-def test_toy_objects_shine_by_night_and_the_rest_is_dark(village):
-    table = json.loads((village / "boxes.json").read_text())
-    for i in range(8):
-        day, night = (np.asarray(Image.open(village / f"test{s}/{i:04d}.png")).astype(float)
-                      for s in "AB")
-        inside = np.zeros((64, 64), dtype=bool)
-        for x0, y0, x1, y1 in (t["box"] for t in table[f"testA/{i:04d}.png"]):
-            inside[y0:y1, x0:x1] = True
-        assert table[f"testA/{i:04d}.png"] == table[f"testB/{i:04d}.png"]
-        assert night[~inside].max() < 180 and night[inside].max() > 200
-        assert day[~inside].mean() > 2 * night[~inside].mean()
-        bright = night.max(2) > 190  # what shines, shines in one colour
-        hues = night[bright] / night[bright].max(1)[:, None]
-        assert np.median(np.ptp(hues, axis=0)) < 0.35
+def test_true_nights_are_the_test_scenes_in_other_pairs_nights(village):
+    """With as many nights as pairs, the last one of a scene is its own."""
+    nights, own = toy.true_nights(village, "test", 4), pictures(village / "testB")
+    assert nights.shape == (8, 4, 3, 64, 64)
+    np.testing.assert_allclose((nights[:, 3] + 1) * 127.5, own.transpose(0, 3, 1, 2), atol=1e-6)
+    sky = nights[:, :, :, :4].mean((3, 4))
+    close([torch.tensor(sky[2, 0])], [torch.tensor(sky[4, 3])], 0.2, 0.05)
 
 
-def test_scores_of_the_chosen_split(village, monkeypatch):
-    seen = []
-    monkeypatch.setattr(toy, "night_scores", lambda x, r, y_hat, y, boxes: seen.append((x, boxes)))
-    args = tiny_args("--split", "val")
-    args.data, (m, table) = "toy", (init.build(args, CPU),
-                                    json.loads((village / "boxes.json").read_text()))
-    init.truth_scores(m.G_X, m.G_Y, village, args, CPU)
-    (x, boxes), = seen
-    assert torch.equal(x[3], common.to_tensor(common.open_rgb(village / "valA/0003.png")))
-    assert boxes == [table[f"valA/{i:04d}.png"] for i in range(8)]
-
-
-def test_toy_pairs_share_a_night(village):
-    sky = [np.asarray(Image.open(village / f"testB/{i:04d}.png"))[:4] for i in range(8)]
-    sky = [v.mean((0, 1)) / v.mean((0, 1)).sum() for v in sky]
-    same = [np.abs(sky[i] - sky[i + 1]).sum() for i in (0, 2, 4, 6)]
-    other = [np.abs(sky[i] - sky[i + 1]).sum() for i in (1, 3, 5)]
-    assert max(same) < 0.08 < max(other)
-
-
-def test_toy_scores_by_hand(tmp_path):
+def test_toy_scores_by_hand():
     x, y = np.zeros((1, 3, 8, 8)), np.zeros((1, 3, 8, 8))
     y[:, :, 2:4, 2:4], y[:, :, 6:] = 1, -1
-    boxes = [[{"box": [2, 2, 4, 4], "label": "hut"}]]
-    inside, outside = toy.night_scores(x, y, y, y, boxes)
-    assert (inside["name"], inside["value"]) == ("object error", 0)
-    assert inside["trivial"]["copy the input"] == pytest.approx(127.5)
-    assert outside["trivial"]["copy the input"] == pytest.approx(127.5 * 16 / 60)
-    assert outside["trivial"]["copy the reference"] == 0 == outside["value"]
-    with pytest.raises(ValueError, match="n_test"):
-        toy.draw("day2night", tmp_path / "nowhere", n=1, n_test=3)
+    inside = np.zeros((1, 8, 8), dtype=bool)
+    inside[:, 2:4, 2:4] = True
+    objects, background = toy.night_scores(x, y, y, y, inside)
+    assert (objects["name"], objects["value"]) == ("object error", 0)
+    assert objects["trivial"]["copy the input"] == pytest.approx(127.5)
+    assert background["trivial"]["copy the input"] == pytest.approx(127.5 * 16 / 60)
+    assert background["trivial"]["copy the reference"] == 0 == background["value"]
+    # two nights of +-1 inside; outputs of 0 and 1 there, of 0 and 0 outside, where nights are 0
+    nights = np.zeros((1, 2, 3, 8, 8))
+    nights[0, 0, :, 2:4, 2:4], nights[0, 1, :, 2:4, 2:4] = 1, -1
+    several = np.zeros((1, 2, 3, 8, 8))
+    several[0, 1, :, 2:4, 2:4] = 1
+    scores = {s["name"]: s for s in toy.night_diversity(x, several, nights, inside)}
+    assert scores["object diversity"]["value"] == pytest.approx(127.5)
+    assert scores["object diversity"]["trivial"]["true nights"] == pytest.approx(255)
+    # E|a - b| = (1 + 1 + 0 + 2) / 4, E|a - a'| = 1, E|b - b'| = 2
+    assert scores["object distance to nights"]["value"] == pytest.approx((2 * 1 - 1 - 2) * 127.5)
+    assert scores["background diversity"]["value"] == 0
+    assert scores["background distance to nights"]["value"] == 0
 
 
-def test_toy_is_drawn_once_and_the_same(tmp_path, village):
-    folder = toy.ensure("day2night", 16, root=tmp_path, n=2)
-    assert toy.ensure("day2night", 16, root=tmp_path, n=2) == folder
-    toy.draw("day2night", tmp_path / "again", n=2, size=64, n_test=2)
-    for name in ("trainA/0001.png", "testB/0001.png"):
-        assert (tmp_path / "again" / name).read_bytes() == (village / name).read_bytes()
+def test_true_nights_are_nearest_to_true_nights(village):
+    x = pictures(village / "testA").transpose(0, 3, 1, 2) / 127.5 - 1
+    nights, inside = toy.true_nights(village, "test", 4), toy.inside_boxes(village, "test")
+    for score in toy.night_diversity(x, nights[:, ::-1], nights, inside)[1::2]:
+        assert score["value"] < 0.3 * min(score["trivial"].values())
 
 
-# ---- runs ------------------------------------------------------------------------------------
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def test_what_train_applies(folder, tmp_path, monkeypatch):
+    """Both rates, halved every so many steps; what the step gets."""
+    seen = []
+
+    def train_step(nets, batch, args, rng):
+        seen.append([o.param_groups[0]["lr"] for o in (nets.opt_G, nets.opt_D)])
+        assert [tuple(t.shape) for t in batch] == [(2, 3, 32, 32)] * 2 + [(2, 2, 3, 16, 16)] * 2 + [
+            (2, 3, 32, 32)] * 2
+        return {"L_g": torch.tensor(1.0)}
+
+    monkeypatch.setattr(init, "train_step", train_step)
+    run("--data", folder, *TINY, "--steps", 7, "--decay-every", 3, "--out", tmp_path / "run")
+    assert np.allclose(seen, [[1e-4 * f] * 2 for f in (1, 1, 1, .5, .5, .5, .25)], rtol=1e-9)
 
 
 def test_run_folder(trained):
-    files = {str(f.relative_to(trained)) for f in trained.rglob("*") if f.is_file()}
+    files = {str(f.relative_to(trained)) for f in trained.rglob("*") if f.name != "lock"
+             and f.is_file()}
     assert files == {"config.json", "log.csv", "index.html", "last.pt", "result.json",
                      "samples/step_000000.png", "samples/step_000002.png"}
     rows = (trained / "log.csv").read_text().splitlines()
-    assert rows[0] == ("step,g,cg,sg,adv_g,D_g,cyc_g,o,co,so,adv_o,D_o,cyc_o,seconds")
-    assert len(rows) == 3 and all(row.count(",") == rows[0].count(",") for row in rows)
+    assert rows[0] == ("step,L_g,L_cg,L_sg,L_adv_g,L_cyc_g,L_D_g,L_o,L_co,L_so,L_adv_o,L_cyc_o,"
+                       "L_D_o,seconds") and len(rows) == 3
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-share-discriminator", "--decay-every", "2"],
+@pytest.mark.parametrize("flags", [["--setting", "coco", "--decay-every", "2"],
                                    ["--method", "munit"]])
 def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
-    flags = ["--data", folder, *TINY, *flags, "--steps", 4]
+    flags = ["--data", folder, *flags, *TINY, "--steps", 4]
     run(*flags, "--out", tmp_path / "whole")
     interrupted(init, lambda: run(*flags, "--out", tmp_path / "parts"), step=2)
     run(*flags, "--out", tmp_path / "parts", "--resume")
@@ -607,10 +607,9 @@ def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_processes_agree_when_only_one_has_objects(folder, tmp_path):
-    """Batch 1 of two: some steps have no crops in one process; both must end with equal weights."""
+def test_two_processes_end_with_equal_weights(folder, tmp_path):
     flags = ["--data", str(folder), *TINY, "--batch", "1", "--no-share-discriminator",
-             "--steps", "4", "--out", str(tmp_path / "two")]
+             "--steps", "3", "--out", str(tmp_path / "two")]
     (tmp_path / "go.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -619,7 +618,7 @@ build, built = init.build, []
 init.build = lambda *a: built.append(build(*a)) or built[-1]
 def main():
     init.main(sys.argv[1:])
-    torch.save({{k: getattr(built[0], k).state_dict() for k in ("G_X", "D_X", "D_Xo", "D_Yo")}},
+    torch.save({{k: getattr(built[0], k).state_dict() for k in ("E_X", "G_Y", "D_X", "D_Yo")}},
                {str(tmp_path)!r} + "/" + os.environ["RANK"])
 common.entry(main)
 """)
@@ -630,7 +629,15 @@ common.entry(main)
     assert_same(*(torch.load(tmp_path / rank, weights_only=True) for rank in "01"))
 
 
-# ---- translate and evaluate ------------------------------------------------------------------
+# ---- translate and evaluate ---------------------------------------------------------------------
+
+
+def translated(trained, picture, s):
+    """What G_Y paints of a picture file in style s, by transcriptions; 0..255."""
+    parts = {k: list(v.values()) for k, v in
+             torch.load(trained / "last.pt", weights_only=True)["parts"].items() if k[:3] != "opt"}
+    c, _ = encoder(parts["E_X"], common.to_tensor(common.open_rgb(picture))[None], 1)
+    return np.asarray(common.to_pil(decoder(parts["G_Y"], c, s, 1)[0])).astype(int)
 
 
 def test_translate_keeps_every_size_and_needs_no_boxes(trained, tmp_path):
@@ -640,110 +647,137 @@ def test_translate_keeps_every_size_and_needs_no_boxes(trained, tmp_path):
     assert {stem: im.size for stem, im in written.items()} == sizes
 
 
-def test_styles_stand_side_by_side_and_an_exemplar_gives_its_own(trained, folder, tmp_path):
-    flags = ["--translate", folder / "testA/1.png", "--weights", trained / "last.pt", "--device",
-             "cpu"]
+def test_styles_stand_side_by_side_and_an_exemplar_gives_its_own(trained, tmp_path):
+    data = trained.parent / "data"
+    flags = ["--translate", data / "testA/1.png", "--weights", trained / "last.pt"]
     run(*flags, "--styles", 3, "--out", tmp_path / "three")
     three = np.asarray(Image.open(tmp_path / "three/1.png")).astype(int)
     assert three.shape == (40, 3 * 48, 3)
-    run(*flags, "--out", tmp_path / "one")
-    one = np.asarray(Image.open(tmp_path / "one/1.png")).astype(int)
-    assert np.abs(three[:, :48] - one).max() <= 1 < np.abs(three[:, 48:96] - one).max()
-    run(*flags, "--exemplar", folder / "testB/2.png", "--out", tmp_path / "ref")
-    args = init.get_args(["--weights", str(trained / "last.pt"), "--data", str(folder)])
-    G_X, G_Y = init.load_generators(args, CPU)
-    im = Image.open(folder / "testB/2.png").resize((43, 36), Image.BICUBIC)  # short side: --load
-    s = G_Y.style(common.to_tensor(im)[None])
-    x = common.to_tensor(common.open_rgb(folder / "testA/1.png"))[None]
-    expected = np.asarray(common.to_pil(G_Y.decode(G_X.content(x), s)[0])).astype(int)
+    args = init.get_args(["--weights", str(trained / "last.pt")])
+    for i, s in enumerate(init.random_styles(3, args, CPU, "translate")):
+        expected = translated(trained, data / "testA/1.png", s[None])
+        assert np.abs(three[:, 48 * i:48 * i + 48] - expected).max() <= 1
+    run(*flags, "--exemplar", data / "testB/2.png", "--out", tmp_path / "ref")
+    im = Image.open(data / "testB/2.png").resize((44, 36), Image.BILINEAR)  # short side: --load
+    state = torch.load(trained / "last.pt", weights_only=True)["parts"]
+    _, s = encoder(list(state["E_Y"].values()), common.to_tensor(im)[None], 1)
+    expected = translated(trained, data / "testA/1.png", s)
     assert np.abs(np.asarray(Image.open(tmp_path / "ref/1.png")) - expected).max() <= 1
 
 
 def test_direction_swaps_the_networks(trained):
     parts = torch.load(trained / "last.pt", weights_only=True)["parts"]
-    for flags, order in (([], ("G_X", "G_Y")), (["--direction", "BtoA"], ("G_Y", "G_X"))):
+    for flags, order in (([], "XY"), (["--direction", "BtoA"], "YX")):
         args = init.get_args(["--weights", str(trained / "last.pt"), *flags])
-        for net, name in zip(init.load_generators(args, CPU), order, strict=True):
-            assert_same(dict(net.state_dict()), dict(parts[name]))
+        for pair, d in zip(init.oriented(init.load_networks(args, CPU), args), order, strict=True):
+            for net, name in zip(pair, "EG", strict=True):
+                assert_same(dict(net.state_dict()), dict(parts[f"{name}_{d}"]))
 
 
-def test_evaluate_names_its_networks(trained, folder, monkeypatch, capsys, tmp_path):
+def test_evaluate_names_its_networks(trained, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(init, "INPUTS", 2)
     monkeypatch.setattr(metrics, "domain_classifier", partial(metrics.domain_classifier, steps=5))
-    flags = ["--evaluate", "--weights", trained / "last.pt", "--data", folder]
-    run(*flags, "--lpips", "random")
+    seen, protocol = [], init.diversity_scores
+
+    def spy(outputs, real, files, *more):
+        seen.extend(outputs := list(outputs)[:2])
+        assert real.shape == (4, 3, 36, 44) and [f[0].parent.name[-1] for f in files] == ["A", "B"]
+        return protocol(outputs, real, files, *more)
+
+    monkeypatch.setattr(init, "diversity_scores", spy)
+    run("--evaluate", "--weights", trained / "last.pt", "--data", trained.parent / "data",
+        "--lpips", "random")
     out = capsys.readouterr().out
     assert "diversity, LPIPS-style distance of an UNTRAINED VGG (2 inputs x 19 pairs)" in out
-    assert "real pictures:" in out
-    assert "CIS (a SMALL classifier of the domains" in out
-    values = [float(line.split("): ")[1].split()[0]) for line in out.splitlines() if "IS (" in line]
-    assert len(values) == 2 and all(1 <= v <= 2 for v in values)
+    assert "real pictures:" in out and "CIS (a SMALL classifier of the domains" in out
+    assert [tuple(several.shape) for several in seen] == [(20, 3, 36, 44)] * 2  # short side --load
+    assert not torch.equal(seen[0][0], seen[0][1])
 
 
-def test_lpips_without_weights_is_one_line(trained, folder, monkeypatch, capsys):
+def test_diversity_pairs_neighbours_and_mixes_the_real_ones(monkeypatch):
+    """One grey level per picture: distances and p(domain | picture) can be read off."""
+    def grey(*levels):
+        return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+    def classify(x):
+        return torch.stack([x[:, 0, 0, 0], 1 - x[:, 0, 0, 0]], 1)
+
+    monkeypatch.setattr(metrics, "lpips", lambda device, otherwise: (
+        lambda a, b: float((a - b).abs().mean())))
+    monkeypatch.setattr(metrics, "domain_classifier", lambda files, device, seed: (classify, "c"))
+    outputs = [grey(0.1, 0.4, 0.2), grey(0.9, 0.9, 0.8)]
+    scores = init.diversity_scores(iter(outputs), grey(0.0, 0.5, 1.0), [], CPU, tiny_args())
+    assert scores[0]["name"] == "diversity, LPIPS (2 inputs x 2 pairs)"
+    assert scores[0]["value"] == pytest.approx((0.3 + 0.2 + 0.0 + 0.1) / 4)
+    assert scores[0]["trivial"]["real pictures"] in (pytest.approx(0.5), pytest.approx(0.75))
+    expected = metrics.inception_scores(torch.stack([classify(x) for x in outputs]))
+    assert {s["name"]: s["value"] for s in scores[1:]} == {
+        f"{name} (c)": value for name, value in expected.items()}
+
+
+def test_lpips_without_weights_is_one_line(trained, monkeypatch, capsys):
     pytest.importorskip("torchmetrics", reason="pip install -r lab/requirements.txt")
 
     def no_network(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_network)
-    line = run_fails(capsys, "--evaluate", "--weights", trained / "last.pt", "--data", folder)
+    line = error_of(capsys, init.main, "--evaluate", "--weights", trained / "last.pt", "--data",
+                    trained.parent / "data")
     assert "--lpips random" in line and "no network" in line
 
 
-def test_evaluate_on_toy_data_repeats_the_score(village, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(init, "data_folder", lambda args: village)
-    monkeypatch.setattr(init, "INPUTS", 1)
-    monkeypatch.setattr(metrics, "domain_classifier", partial(metrics.domain_classifier, steps=5))
-    run("--data", "toy", *TINY[2:], "--size", 32, "--steps", 1, "--out", tmp_path / "run")
-    trained = json.loads((tmp_path / "run/result.json").read_text())["scores"]
-    capsys.readouterr()
-    run("--evaluate", "--weights", tmp_path / "run/last.pt")
-    out = capsys.readouterr().out
-    assert [s["name"] for s in trained] == ["object error", "background error"]
-    for s in trained:
-        assert f"{s['name']}: {s['value']:.4g} " in out
+def test_toy_scores_are_of_the_chosen_split_and_a_copier_gets_the_trivial_ones(village):
+    args = tiny_args("--split", "val", "--load", "64")
+    args.data, nets = "toy", init.build(args, CPU)
+    nets.E_X.content, nets.G_Y = nn.Identity(), lambda c, s: c
+    scores = init.truth_scores(nets, village, args, CPU)
+    assert [s["name"] for s in scores] == [
+        "object error", "background error", "object diversity", "object distance to nights",
+        "background diversity", "background distance to nights"]
+    day, night = (pictures(village / f"val{side}") for side in "AB")
+    inside = toy.inside_boxes(village, "val")
+    for score, where in zip(scores[:2], (inside, ~inside), strict=True):
+        assert score["value"] == pytest.approx(score["trivial"]["copy the input"], abs=1e-3)
+        expected = np.abs(day - night).mean(3)[where].mean()
+        assert score["value"] == pytest.approx(expected, abs=1e-2)
+    assert scores[2]["value"] == pytest.approx(0, abs=1e-6)
 
 
-def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
-    assert "nowhere" in run_fails(capsys, "--data", tmp_path / "nowhere")
-    for flags in (["--size", 34], ["--size", 16, "--dis-layers", 4], ["--object-size", 12],
-                  ["--objects", 0], ["--styles", 0], ["--decay-every", 0], ["--steps", 0]):
-        line = run_fails(capsys, "--data", folder, *TINY, *flags)
-        assert flags[0] in line
-    assert "--multi-scale" in run_fails(capsys, "--data", folder, *TINY, "--multi-scale",
-                                        "--dis-scales", 4)
-    assert "--styles" in run_fails(capsys, "--data", folder, "--styles", 2, "--exemplar", "a.png")
-    assert "--weights" in run_fails(capsys, "--translate", folder / "testA")
+def test_user_errors_are_one_line(trained, tmp_path, capsys):
+    def fails(*flags):
+        return error_of(capsys, init.main, *flags)
+    data = trained.parent / "data"
+    assert "nowhere" in fails("--data", tmp_path / "nowhere")
+    for flags in (["--size", 34], ["--load", 12], ["--load", 48, "--dis-layers", 6],
+                  ["--object-size", 0], ["--object-size", 12], ["--objects", 0], ["--styles", 0],
+                  ["--decay-every", 0], ["--steps", 0]):
+        assert flags[0] in fails("--data", data, *TINY, *flags)
+    assert "--batch 2" in fails("--data", data, "--batch", 2)
+    assert "--styles" in fails("--data", data, "--styles", 2, "--exemplar", "a.png")
+    assert "--weights" in fails("--translate", data / "testA")
     torch.save({"a": {"mlp.model.0.fc.weight": torch.zeros(4, 3)}}, tmp_path / "part.pt")
-    assert "MUNIT" in run_fails(capsys, "--translate", folder / "testA/0.png", "--weights",
-                                tmp_path / "part.pt")
+    assert "MUNIT" in fails("--translate", data / "testA/0.png", "--weights", tmp_path / "part.pt")
     state = torch.load(trained / "last.pt", weights_only=True)
     torch.save(state | {"method": "cut"}, tmp_path / "other.pt")
-    assert "cut.py" in run_fails(capsys, "--evaluate", "--weights", tmp_path / "other.pt")
-    assert "none.png" in run_fails(capsys, "--translate", folder / "testA", "--weights",
-                                   trained / "last.pt", "--exemplar", tmp_path / "none.png")
-    (folder / "trainB/1.png").write_text("not a picture")
-    assert "1.png" in run_fails(capsys, "--data", folder, *TINY, "--out", tmp_path / "r")
+    assert "cut.py" in fails("--evaluate", "--weights", tmp_path / "other.pt")
+    assert "none.png" in fails("--translate", data / "testA", "--weights", trained / "last.pt",
+                               "--exemplar", tmp_path / "none.png")
 
 
-# ---- learning ---------------------------------------------------------------------------------
+# ---- learning -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_learns_the_toy_world(tmp_path, monkeypatch):
-    """A tenth of the toy run at half the size: every reconstruction improves; objects are closer
-    to the truth than the reference's, the background than after one change of colours."""
-    toy.draw("day2night", tmp_path / "toy", n=20, size=32, n_test=4)
-    monkeypatch.setattr(init, "data_folder", lambda args: tmp_path / "toy")
-    run("--size", 32, "--load", 32, "--object-size", 16, "--min-box", 3, "--steps", 100,
-        "--dis-layers", 2, "--ngf", 8, "--ndf", 8, "--device", "cpu", "--lr", 2e-3,
-        "--log-every", 10, "--out", tmp_path / "run")
+    """The default run, on validation scenes: objects and background are nearer to the truth than
+    the best trivial answer's, no adversary is dead, and E^s reads what G painted."""
+    folder = toy.ensure("day2night", 48, root=tmp_path)
+    monkeypatch.setattr(init, "data_folder", lambda args: folder)
+    run("--out", tmp_path / "run", "--device", "cpu", "--split", "val")
+    objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"][:2]
+    assert objects["value"] < 0.85 * min(objects["trivial"].values())
+    assert background["value"] < 0.95 * min(background["trivial"].values())
     rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
-    first, last = (dict(zip(rows[0], map(float, row), strict=True)) for row in (rows[1], rows[-1]))
-    for name in ("g", "cg", "cyc_g", "o", "co"):
-        assert last[name] < 0.8 * first[name], name
-    objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"]
-    assert objects["value"] < 0.95 * objects["trivial"]["copy the reference"]
-    assert background["value"] < 0.95 * background["trivial"]["one change of colours"]
+    last = dict(zip(rows[0], map(float, rows[-1]), strict=True))
+    assert last["L_sg"] < 0.8 and last["L_D_g"] < 1.6

@@ -126,8 +126,8 @@ def test_loads_the_sincut_generator():
 # ---- INIT ---------------------------------------------------------------------------------------
 
 
-def munit_state(G, old=False):
-    """G's weights under MUNIT's keys, written down from the layout of its gen_*.pt."""
+def munit_state(E, G, old=False):
+    """The weights of E and G under MUNIT's keys, written down from the layout of its gen_*.pt."""
     state = {}
 
     def put(name, layer):
@@ -135,12 +135,12 @@ def munit_state(G, old=False):
         state.update({f"{name}.{leaf}": getattr(layer, leaf).detach().clone() for leaf in leaves})
 
     for i in range(5):
-        put(f"enc_style.model.{i}.conv", G.style_encoder[2 * i])
-    put("enc_style.model.6", G.style_encoder[11])
+        put(f"enc_style.model.{i}.conv", E.style[2 * i])
+    put("enc_style.model.6", E.style[11])
     for i in range(3):
-        put(f"enc_content.model.{i}.conv", G.content_encoder[3 * i])
+        put(f"enc_content.model.{i}.conv", E.content[3 * i])
     for b, block in enumerate(G.blocks):
-        body = G.content_encoder[9 + b].body
+        body = E.content[9 + b].body
         for i, layer in enumerate((body[1], body[5])):
             put(f"enc_content.model.3.model.{b}.model.{i}.conv", layer)
             if old:
@@ -159,7 +159,7 @@ def munit_state(G, old=False):
 
 
 def test_munit_layout_at_full_width():
-    state = munit_state(init.Generator())
+    state = munit_state(init.Encoder(), init.Decoder())
     assert len(state) == 82 and sum("running" not in k for k in state) == 66
     assert state["mlp.model.2.fc.weight"].shape == (4096, 256)
     assert state["enc_style.model.6.weight"].shape == (8, 256, 1, 1)
@@ -167,14 +167,17 @@ def test_munit_layout_at_full_width():
 
 @pytest.mark.parametrize("old", [False, True])
 def test_loads_munits_generators(tmp_path, old):
-    nets = {k: init.Generator(4, 5, 6, 2) for k in "ab"}
-    torch.save({k: munit_state(G, old) for k, G in nets.items()}, tmp_path / "gen.pt")
+    pairs = {k: (init.Encoder(4, 5, 2), init.Decoder(4, 5, 2)) for k in "ab"}
+    torch.save({k: munit_state(*pair, old) for k, pair in pairs.items()}, tmp_path / "gen.pt")
     args = init.get_args(["--data", ".", "--weights", str(tmp_path / "gen.pt")])
-    G_X, G_Y = init.load_generators(args, CPU)
-    x = torch.rand(1, 3, 32, 32)
-    assert args.style_dim == 5 and torch.equal(G_X.content(x), nets["a"].content(x))
-    c, s = G_X.content(x), torch.randn(1, 5)
-    assert torch.equal(G_Y.decode(c, s), nets["b"].decode(c, s))
+    nets = init.load_networks(args, CPU)
+    x, s = torch.rand(1, 3, 32, 32), torch.randn(1, 5)
+    for E, G, (theirs_E, theirs_G) in ((nets.E_X, nets.G_X, pairs["a"]),
+                                       (nets.E_Y, nets.G_Y, pairs["b"])):
+        for ours, theirs in zip(E(x), theirs_E(x), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(G(E.content(x), s), theirs_G(E.content(x), s))
+    assert args.style_dim == 5
     Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(tmp_path / "0.png")
     init.main(["--translate", str(tmp_path / "0.png"), "--weights", str(tmp_path / "gen.pt"),
                "--styles", "2", "--out", str(tmp_path / "out")])

@@ -697,7 +697,6 @@ def perfect(pairs, tmp_path_factory):
     part = np.stack([pixels(f) for f in sorted((k / "test_part").iterdir())])
     reference = np.roll(pictures(k / "test_img"), -1, axis=0)
     night = pictures(d / "testB")
-    boxes = json.loads((d / "boxes.json").read_text())
     texture, swapped = pictures(t / "test"), pictures(t / "test_truth")
     return {
         "horse2zebra": toy.coat_scores(*(a[:4] for a in (pairs[0], pairs[1], pairs[1]))),
@@ -707,7 +706,7 @@ def perfect(pairs, tmp_path_factory):
             pictures(k / "test_sketch"), pictures(k / "test_truth"), pictures(k / "test_truth"),
             part, reference, np.roll(reference, 2, axis=3)),
         "day2night": toy.night_scores(pictures(d / "testA"), night[np.arange(4) ^ 1], night, night,
-                                      [boxes[f"testA/{i:04d}.png"] for i in range(4)]),
+                                      toy.inside_boxes(d, "test")),
         "textures": toy.texture_scores(texture, np.roll(texture, -1, axis=0), swapped, swapped)}
 
 

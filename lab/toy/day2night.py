@@ -11,12 +11,13 @@ says nothing about the sky's. So no single change of colours is right for both. 
 """
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from .animals import HOOF, animal_parts, place
-from .disk import contact_sheet
+from .disk import STAMP, contact_sheet
 from .scoring import GREY_LEVELS, as_floats, colour_transfer, score
 from .world import (
     COAT_PARTS,
@@ -33,6 +34,7 @@ from .world import (
 # 1. Drawing ---------------------------------------------------------------------------------------
 
 NIGHT_SKIES = {"blue": (62, 84, 158), "violet": (122, 60, 132), "green": (44, 112, 96)}
+STREAMS = {"trainA": 10, "trainB": 11, "valA": 35, "valB": 35, "testA": 12, "testB": 12}
 GLOWS = {"amber": (255, 196, 64), "cyan": (120, 240, 255), "rose": (255, 112, 128)}
 
 
@@ -137,10 +139,9 @@ def draw(folder, n, size, seed, n_test=40):
     if n_test < 2 or n_test % 2:
         raise ValueError(f"n_test is {n_test}, expected an even number")
     boxes = {}
-    for sub, stream, count in (("trainA", 10, n), ("trainB", 11, n), ("valA", 35, n_test),
-                               ("valB", 35, n_test), ("testA", 12, n_test), ("testB", 12, n_test)):
+    for sub, stream in STREAMS.items():
         (folder / sub).mkdir()
-        for i in range(count):
+        for i in range(n if sub.startswith("train") else n_test):
             scene, things = sample_village(np.random.default_rng([seed, stream, i]))
             pair = i if sub == "trainB" else i // 2
             night = sample_night(np.random.default_rng([seed, stream + 10, pair]))
@@ -156,21 +157,43 @@ def draw(folder, n, size, seed, n_test=40):
 
 # 2. Scores ----------------------------------------------------------------------------------------
 
-def night_scores(x, reference, y_hat, y, boxes):
+def inside_boxes(root, split):
+    """(N, H, W): which pixels of a split's pictures lie in a box."""
+    table, inside = json.loads((Path(root) / "boxes.json").read_text()), []
+    for file in sorted(Path(root, f"{split}A").iterdir()):
+        with Image.open(file) as im:
+            inside.append(np.zeros((im.height, im.width), dtype=bool))
+        for x0, y0, x1, y1 in (thing["box"] for thing in table[f"{split}A/{file.name}"]):
+            inside[-1][y0:y1, x0:x1] = True
+    return np.stack(inside)
+
+
+def true_nights(root, split, count=4):
+    """Every scene of a split in the nights of `count` other pairs: (N, count, 3, H, W)."""
+    stamp = json.loads((Path(root) / STAMP).read_text())
+    seed, size, stream = stamp["seed"], stamp["size"], STREAMS[f"{split}B"]
+    n, pictures = len(list(Path(root, f"{split}B").iterdir())), []
+    nights = [sample_night(np.random.default_rng([seed, stream + 10, k])) for k in range(n // 2)]
+    for i in range(n):
+        village = sample_village(np.random.default_rng([seed, stream, i]))
+        for k in range(i // 2 + 1, i // 2 + 1 + count):
+            pictures.append(render_village(*village, size, nights[k % len(nights)]))
+    pictures = np.stack([np.asarray(p) for p in pictures]).transpose(0, 3, 1, 2)
+    return pictures.reshape(n, count, 3, size, size) / GREY_LEVELS - 1
+
+
+def night_scores(x, reference, y_hat, y, inside):
     """Scores of translations y_hat of day pictures x against the true nights y.
 
-    All (N, 3, H, W) in [-1, 1]; `reference` shows another scene in y's night; boxes: N lists as in
-    boxes.json. Scores are mean absolute differences in grey levels of 0..255, inside the boxes and
-    outside of them; the trivial answers are the input, the reference, and one change of colours
-    for the whole picture: the input with the mean and deviation of the reference's channels.
-    Returns [{"name", "value", "better", "trivial"}].
+    All (N, 3, H, W) in [-1, 1]; `reference` shows another scene in y's night; inside: the boxes,
+    (N, H, W). Scores are mean absolute differences in grey levels of 0..255, inside the boxes and
+    outside of them; the trivial answers are the input, the reference, its mean colour, and one
+    change of colours for the whole picture: the input with the mean and deviation of the
+    reference's channels. Returns [{"name", "value", "better", "trivial"}].
     """
     x, reference, y_hat, y = as_floats(x, reference, y_hat, y)
-    inside = np.zeros(x[:, 0].shape, dtype=bool)
-    for mask, objects in zip(inside, boxes, strict=True):
-        for x0, y0, x1, y1 in (thing["box"] for thing in objects):
-            mask[y0:y1, x0:x1] = True
     answers = {"copy the input": x, "copy the reference": reference,
+               "mean colour": np.broadcast_to(reference.mean((2, 3), keepdims=True), x.shape),
                "one change of colours": colour_transfer(x, reference)}
 
     def error_in(where):
@@ -178,3 +201,36 @@ def night_scores(x, reference, y_hat, y, boxes):
 
     return [score("object error", error_in(inside), y_hat, answers),
             score("background error", error_in(~inside), y_hat, answers)]
+
+
+def night_diversity(x, several, nights, inside):
+    """Scores of several translations of each x in random styles, (N, S, 3, H, W), against the same
+    scenes in several true nights (N, T, 3, H, W).
+
+    Diversity: the mean difference of two outputs for one scene, in grey levels, inside the boxes
+    and outside of them; better is nearer to that of true nights, for noise has more than they.
+    Distance to nights: the energy distance of outputs and true nights, pixel by pixel, 0 for equal
+    distributions alone; its trivial answers are one change of colours, towards each of the nights
+    of other scenes, and those nights themselves. Returns [{"name", "value", "better", "trivial"}].
+    """
+    x, several, nights = as_floats(x, several, nights)
+    others = np.roll(nights, 2, axis=0)
+    painted = np.stack([colour_transfer(x, others[:, t]) for t in range(others.shape[1])], axis=1)
+    answers = {"one change of colours": painted, "copies of nights": others}
+
+    def apart(a, b, where):
+        """Mean difference of a picture of a (N, S, ...) and another one of b."""
+        gaps = [np.abs(a[:, i] - b[:, j]).mean(axis=1)[where].mean() * GREY_LEVELS
+                for i in range(a.shape[1]) for j in range(b.shape[1]) if a is not b or i < j]
+        return np.mean(gaps)
+
+    scores = []
+    for name, where in (("object", inside), ("background", ~inside)):
+        within = apart(nights, nights, where)
+        scores.append({"name": f"{name} diversity", "value": float(apart(several, several, where)),
+                       "better": "higher", "trivial": {"true nights": float(within)}})
+        scores.append(score(
+            f"{name} distance to nights",
+            lambda a, where=where, within=within:
+            2 * apart(a, nights, where) - apart(a, a, where) - within, several, answers))
+    return scores
