@@ -53,7 +53,8 @@ CHOICES      the paper gives no lambda, K, schedule or GAN type, and says "based
 USAGE        python init.py                                   # toy world; --method munit compares
              python init.py --data mydata                     # with mydata/boxes.json, see BOXES
              python init.py --translate day.jpg --weights runs/init-mydata/last.pt --styles 4
-EXPECT       python init.py: 15 minutes of one slow core; not scored yet.
+EXPECT       python init.py: 700 steps of 0.8 s on one slow core; not scored yet. After 200 of them
+             L_sg is at 1.2 of 1.6.
 """
 
 import argparse
