@@ -585,12 +585,21 @@ def test_what_train_applies(drawn, tmp_path, monkeypatch):
     of its sample."""
     seen, args = [], tiny_args()
 
+    class Match(torch.nn.Module):  # a match that differs from pair to pair
+        def __init__(self, args):
+            super().__init__()
+
+        def forward(self, x, r):
+            step = int((x < 0).sum()) + 7 * int((r < 0).sum())
+            return (torch.arange(256) + step).remainder(256).view(1, 16, 16)
+
     def train_step(nets, x, y, y_seg, W, args):
         rates = [o.param_groups[0]["lr"] for o in (nets.opt_N, nets.opt_D)]
         seen.append((rates, x, y, y_seg, W))
         return {"L_D": torch.tensor(1.0)}
 
     monkeypatch.setattr(segin, "train_step", train_step)
+    monkeypatch.setattr(segin, "SemanticMatch", Match)
     run("--data", drawn, *TINY, "--epochs", 2, "--out", tmp_path / "run")
     assert [s[0] for s in seen] == [[2e-4, 1.3e-5]] * 4  # two steps for five pairs
     data, match = segin.Pairs(drawn, args), segin.SemanticMatch(args)
