@@ -591,7 +591,7 @@ def test_what_train_applies(drawn, tmp_path, monkeypatch):
 
         def forward(self, x, r):
             step = int((x < 0).sum()) + 7 * int((r < 0).sum())
-            return (torch.arange(256) + step).remainder(256).view(1, 16, 16)
+            return (torch.arange(256) + step).remainder(256).view(1, 16, 16).repeat(len(x), 1, 1)
 
     def train_step(nets, x, y, y_seg, W, args):
         rates = [o.param_groups[0]["lr"] for o in (nets.opt_N, nets.opt_D)]
