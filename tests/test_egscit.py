@@ -214,9 +214,9 @@ def naive_vgg(p, x):
 
 def lively(nets):
     """Float64, weights that saturate nothing, and rates of 0: a step leaves its gradients."""
+    rng = torch.Generator().manual_seed(0)  # goes on: A's networks and B's must not be alike
     for net in (n for n in vars(nets).values() if isinstance(n, torch.nn.Module)):
         for p in net.double().parameters():
-            rng = torch.Generator().manual_seed(p.numel())
             p.data = torch.randn(p.shape, generator=rng, dtype=torch.double) * 0.2 + 0.1 * (
                 p.dim() == 1)
     for optimiser in (nets.opt_G, nets.opt_D):
