@@ -680,7 +680,8 @@ def load_parts(parts, states, path):
             state = states[name]
             if isinstance(part, torch.optim.Optimizer):
                 state = checked_state(part, state)
-            elif any(t.is_floating_point() and not t.isfinite().all() for t in state.values()):
+            elif any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all()
+                     for t in state.values()):  # a history buffer's are lists
                 raise ValueError("weights that are not finite")
             part.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

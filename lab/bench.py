@@ -32,7 +32,7 @@ ROWS = {
                ("SinCUT, 16 crops of 128", ["--size", "128"])],
     "cycada": [("CyCADA, stage pixel", []),
                ("CyCADA, stage pixel, Eq. (3.13) by FCN8s",
-                ["--semantic", "literal", "--task-weights", "random"])],
+                ["--lambda-sem", "1"])],
     "cyclegan": [("CycleGAN", []),
                  ("CycleGAN with L_identity", ["--lambda-identity", "5"]),
                  ("CycleGAN with L_identity, anti-aliased like CUT",

@@ -1,9 +1,9 @@
 """cycada.py: every equation against a plain transcription, and the script as its users run it."""
 
-import copy
 import json
-import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,45 +15,41 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import assert_same, error_of
 from PIL import Image
+from transcriptions import close, parameters, patchgan, resnet_generator
 
 import common
 import cycada
 from lab import segmenters, toy
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 NAMES = ["sky", "road", "car"]
 TINY = ["--size", "32", "--load", "40", "--ngf", "4", "--ndf", "4", "--blocks", "1", "--batch", "2",
-        "--pool", "3", "--task-model", "small", "--task-weights", "random", "--task-load", "36",
-        "--task-size", "32", "--task-batch", "2", "--workers", "0", "--device", "cpu",
-        "--log-every", "1", "--class-names", *NAMES]
-STEPS = ["--steps", "4", "--task-steps", "3", "--feature-steps", "3"]
+        "--task-model", "small", "--task-weights", "random", "--task-load", "36", "--task-size",
+        "32", "--task-batch", "2", "--workers", "0", "--device", "cpu", "--log-every", "1",
+        "--sample-every", "100", "--classes", *NAMES]
+STEPS = ["--steps", "4", "--task-steps", "3", "--feature-steps", "3", "--feature-gate", "0"]
+EVERY = ["--stage", "source", "pixel", "task", "feature", "oracle"]
+NETS = ("G_ST", "G_TS", "D_S", "D_T")
 
 
 def tiny_args(*flags):
-    return cycada.get_args(["--data", ".", *TINY, *flags])
-
-
-def scene(rng, dark):
-    """A noise picture, sky over road with a car, and its label map; ids 0, 1, 2 and 255."""
-    label = np.zeros((40, 48), dtype=np.uint8)
-    label[20:], label[24:32, 10:30], label[:2] = 1, 2, 255
-    picture = rng.integers(0, 60, (40, 48, 3)) + np.array([150, 40, 90])[label % 3][..., None]
-    return Image.fromarray((picture // (2 if dark else 1)).astype(np.uint8)), Image.fromarray(label)
-
-
-def write(folder, splits, rng, count=4, prefix=""):
-    for split in splits:
-        for kind in ("img", "label"):
-            (folder / f"{split}_{kind}").mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            picture, label = scene(rng, split != "source")
-            picture.save(folder / f"{split}_img" / f"{prefix}{i}.png")
-            label.save(folder / f"{split}_label" / f"{prefix}{i}.png")
+    return cycada.get_args(["--data", ".", *TINY, *map(str, flags)])
 
 
 def write_all(folder):
-    """Four small labelled pictures per split, the target darker; always the same."""
-    write(folder, ("source", "target", "test"), np.random.default_rng(0))
+    """Four small labelled noise pictures per split, sky over road with a car, the target darker."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((40, 48), dtype=np.uint8)
+    label[20:], label[24:32, 10:30], label[:2] = 1, 2, 255
+    for split in ("source", "target", "test"):
+        for kind in ("img", "label"):
+            (folder / f"{split}_{kind}").mkdir(parents=True)
+        for i in range(4):
+            picture = rng.integers(0, 60, (40, 48, 3)) + np.array([150, 40, 90])[label % 3, None]
+            picture = (picture // (1 if split == "source" else 2)).astype(np.uint8)
+            Image.fromarray(picture).save(folder / f"{split}_img" / f"{i}.png")
+            Image.fromarray(np.roll(label, 4 * i, 1)).save(folder / f"{split}_label" / f"{i}.png")
     return folder
 
 
@@ -62,42 +58,92 @@ def folder(tmp_path):
     return write_all(tmp_path / "data")
 
 
-def count(net):
-    return sum(p.numel() for p in net.parameters())
+def run(*flags):
+    cycada.main([*map(str, flags)])
 
 
-def livelier(m):
-    for name in ("G_ST", "G_TS", "D_S", "D_T"):
-        common.init_weights(getattr(m, name).double(), "normal", 0.1)
-    return m
+def parts(path):
+    return torch.load(path, weights_only=True)["parts"]
 
 
-# ---- networks -------------------------------------------------------------------------------
+def result(path):
+    return json.loads((path / "result.json").read_text())
 
 
-def test_parameter_counts_of_the_papers_networks(monkeypatch):
-    m = cycada.build(cycada.get_args(["--data", "."]), torch.device("cpu"))
-    assert count(m.G_ST) == count(m.G_TS) == 11_378_179
-    assert count(m.D_S) == count(m.D_T) == 2_764_737
-    assert count(cycada.ScoreDiscriminator(19)) == 142_082
-    monkeypatch.setattr(nn.init, "kaiming_normal_", lambda w, **_: w)  # slow for 134 M
-    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda w, **_: w)
-    f = cycada.FCN8s(19)
-    assert count(f) == 134_353_017
-    vgg = [*f.to_pool3.parameters(), *f.to_pool4.parameters(), *f.to_pool5.parameters()]
-    assert sum(p.numel() for p in vgg) == 14_714_688
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder, all stages; the data are those of `folder`."""
+    tmp_path = tmp_path_factory.mktemp("trained")
+    run("--data", write_all(tmp_path / "data"), *TINY, *STEPS, *EVERY, "--out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, dtype=torch.double):
+    return torch.rand(shape, dtype=dtype) * 2 - 1
+
+
+def labels(B, H=32, W=40):
+    y = torch.randint(3, (B, H, W))
+    y[:, :3], y[0, 5:9] = 255, 255
+    return y
+
+
+# ---- configuration and networks ---------------------------------------------------------------
 
 
 def test_paper_defaults():
     args = cycada.get_args(["--data", "."])
-    assert (args.size, args.load, args.batch, args.lr, args.pool) == (400, 1024, 1, 2e-4, 50)
-    assert (args.lambda_cyc, args.semantic, args.blocks, args.epochs) == (10, "off", 9, 200)
-    assert (args.task_model, args.task_load, args.task_steps) == ("fcn8s", 1024, 100_000)
-    assert (args.task_lr, args.task_momentum, args.task_weights) == (1e-3, 0.99, "imagenet")
+    assert (args.size, args.load, args.batch, args.lr, args.steps) == (400, 1024, 1, 2e-4, 500_000)
+    assert (args.lambda_cyc, args.lambda_sem, args.blocks, args.d_layers) == (10, 0, 9, 3)
+    assert (args.ngf, args.ndf, cycada.POOL) == (64, 64, 50)
+    assert (args.task_model, args.task_weights, args.task_load) == ("fcn8s", "imagenet", 1024)
+    assert (args.task_size, args.task_batch, args.task_steps) == (None, 2, 100_000)
+    assert (args.task_lr, args.task_momentum, args.task_decay_from) == (1e-3, 0.99, 1)
     assert (args.feature_lr, args.feature_gate, args.lambda_feature) == (1e-5, 0.6, 0.1)
-    assert len(args.class_names) == 19 and args.stages == ["source", "pixel", "target", "oracle"]
-    assert "feature" in cycada.get_args(["--data", ".", "--feature-adaptation"]).stages
-    assert cycada.get_args([]).class_names == list(toy.CLASSES)
+    assert args.feature_steps == 100_000
+    assert args.stage == ["source", "pixel", "task", "oracle"]
+    args = tiny_args()
+    nets = cycada.build(args, CPU)
+    for optimiser in (nets.opt_G, nets.opt_D):
+        group, = optimiser.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
+    group, = cycada.sgd(nets.D_S, cycada.get_args(["--data", "."]), 0.5).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.99, 5e-4)
+
+
+def test_toy_preset_changes_sizes_and_rates_but_no_term_of_the_objective():
+    args = cycada.get_args([])
+    assert (args.lambda_cyc, args.lambda_sem, args.lambda_feature) == (10, 0, 0.1)
+    assert list(cycada.class_ids(args)) == list(toy.CLASSES)
+
+
+def test_class_maps():
+    """Tab. 3.8: 19 classes under Cityscapes' ids; Tab. 3.7: 13 of SYNTHIA; names; name=id."""
+    ids = cycada.class_ids(cycada.get_args(["--data", "."]))
+    assert len(ids) == 19 and [*ids.values()] == sorted(ids.values())
+    assert (ids["road"], ids["sky"], ids["car"], ids["bicycle"]) == (7, 23, 26, 33)
+    ids = cycada.class_ids(cycada.get_args(["--data", ".", "--classes", "synthia"]))
+    assert len(ids) == 13 and (ids["sky"], ids["road"], ids["traffic_light"]) == (1, 3, 15)
+    assert cycada.class_ids(tiny_args()) == {"sky": 0, "road": 1, "car": 2}
+    assert cycada.class_ids(tiny_args("--classes", "a=9", "b=4")) == {"a": 9, "b": 4}
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_parameter_counts_of_the_papers_networks():
+    with torch.device("meta"):
+        assert count(cycada.ResnetGenerator()) == 11_378_179
+        assert count(common.PatchGAN(3, 64, 3)) == 2_764_737
+        assert count(cycada.ScoreDiscriminator(19)) == 142_082
+        f = cycada.FCN8s(19)
+    assert count(f) == 134_353_017 and count(f.features) == 14_714_688
+    assert count(cycada.SmallFCN(7)) == 147_548
 
 
 def thin_fcn8s(monkeypatch):
@@ -107,144 +153,203 @@ def thin_fcn8s(monkeypatch):
     def thin(a, b, *rest, **more):
         return conv(a if a == 3 else a // 32, b if b == 5 else b // 32, *rest, **more)
 
-    monkeypatch.setattr(cycada.nn, "Conv2d", thin)
-    monkeypatch.setattr(cycada, "isinstance", lambda x, _: isinstance(x, conv), raising=False)
+    monkeypatch.setattr(nn, "Conv2d", thin)
     f = cycada.FCN8s(5)
     monkeypatch.undo()
     return f.eval()
 
 
-@pytest.mark.parametrize("size", [(64, 64), (33, 50), (96, 41)])
-def test_task_models_answer_at_the_size_of_the_picture(monkeypatch, size):
-    for f in (thin_fcn8s(monkeypatch), cycada.SmallFCN(5).eval(), cycada.drn26(5).eval()):
-        with torch.no_grad():
-            assert f(torch.randn(1, 3, *size)).shape == (1, 5, *size)
+def small_fcn(f, x, training):
+    """SmallFCN's layer table: four scales of two 3x3 convolutions, batch norm, ReLU; their 1x1
+    scores, enlarged to the picture, are added up. f: state dict; gradients reach its tensors."""
+    size, total = x.shape[2:], 0
+    for i in range(4):
+        x = F.max_pool2d(x, 2, ceil_mode=True) if i else x
+        for conv, norm in ((0, 1), (3, 4)):
+            x = F.conv2d(x, f[f"blocks.{i}.{conv}.weight"], padding=1)
+            name, d = f"blocks.{i}.{norm}.", (0, 2, 3)
+            mean, var = ((x.mean(d), x.var(d, correction=0)) if training else
+                         (f[name + "running_mean"], f[name + "running_var"]))
+            x = (x - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + 1e-5).sqrt()
+            x = (x * f[name + "weight"].view(1, -1, 1, 1)
+                 + f[name + "bias"].view(1, -1, 1, 1)).relu()
+        score = F.conv2d(x, f[f"scores.{i}.weight"], f[f"scores.{i}.bias"])
+        total = total + F.interpolate(score, size, mode="bilinear", align_corners=False)
+    return total
 
 
-@pytest.mark.parametrize("skip, stride", [("score_pool3", 8), ("score_pool4", 16)])
-def test_fcn8s_scores_stay_in_their_place(monkeypatch, skip, stride):
-    """A square moves the scores around itself: the crop offsets 5, 9 and 31 are right."""
-    torch.manual_seed(1)  # a draw whose ReLUs are not all dead
-    f = thin_fcn8s(monkeypatch)
-    nn.init.normal_(getattr(f, skip).weight)
-    nn.init.zeros_(f.head[-1].weight)
-    for p in f.parameters():
-        if p.dim() == 4:  # mirror-symmetric filters, or the response would lean to a side
-            p.data += p.data.flip(2)
-            p.data += p.data.flip(3)
-    errors = []
-    for start in range(60, 76, 2):
-        x = torch.zeros(1, 3, 176, 176)
-        x[..., start:start + 16, start + 20:start + 36] = 1
-        with torch.no_grad():
-            change = (f(x) - f(torch.zeros_like(x)))[0].abs().sum(0)
-        for axis, true in ((1, start + 7.5), (0, start + 27.5)):
-            errors.append(float((change.sum(axis) * torch.arange(176)).sum() / change.sum()) - true)
-    assert abs(np.mean(errors)) < stride / 4
+def up(x, factor):
+    """Long et al.'s fixed bilinear transposed convolution, for factors 2 and 8."""
+    row = torch.tensor([0.25, 0.75, 0.75, 0.25] if factor == 2 else [
+        1 / 16, 3 / 16, 5 / 16, 7 / 16, 9 / 16, 11 / 16, 13 / 16, 15 / 16,
+        15 / 16, 13 / 16, 11 / 16, 9 / 16, 7 / 16, 5 / 16, 3 / 16, 1 / 16]).to(x)
+    kernel = (row[:, None] * row).repeat(x.shape[1], 1, 1, 1)
+    return F.conv_transpose2d(x, kernel, stride=factor, groups=x.shape[1])
 
 
-@pytest.mark.parametrize("factor", [2, 8])
-def test_fixed_upsampling_is_bilinear(factor):
-    x = torch.rand(1, 3, 6, 7)
-    up = cycada.BilinearUp(factor)(x)
-    assert up.shape[2:] == (factor * 7, factor * 8)
-    edge, inner = factor // 2, F.interpolate(x, scale_factor=factor, mode="bilinear")
-    h, w = inner.shape[2:]
-    mine = up[:, :, edge:edge + h, edge:edge + w]
-    cut = slice(factor, -factor)  # at the border the transposed convolution meets zeros
-    torch.testing.assert_close(mine[:, :, cut, cut], inner[:, :, cut, cut])
+def fcn8s(params, x):
+    """VGG16-FCN8s of Long et al. as the code has it (thin: same layers, any width)."""
+    p = iter(params)
+
+    def conv(x, padding=1):
+        return F.conv2d(x, next(p), next(p), padding=padding)
+
+    x = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]).view(3, 1, 1)
+    (h, w), x, pools = x.shape[2:], F.pad(x, (99, 99, 99, 99)), []
+    for convs in (2, 2, 3, 3, 3):
+        for _ in range(convs):
+            x = conv(x).relu()
+        x = F.max_pool2d(x, 2, ceil_mode=True)
+        pools.append(x)
+    score = conv(conv(conv(x, 0).relu(), 0).relu(), 0)
+    for pool, scale, offset in ((pools[3], 0.01, 5), (pools[2], 0.0001, 9)):
+        score, skip = up(score, 2), conv(pool * scale, 0)
+        score = score + skip[:, :, offset:offset + score.shape[2], offset:offset + score.shape[3]]
+    assert next(p, None) is None
+    return up(score, 8)[:, :, 31:31 + h, 31:31 + w]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 50)])
+def test_networks_are_their_layer_tables(monkeypatch, size):
+    f, x = thin_fcn8s(monkeypatch), noise(2, 3, *size, dtype=torch.float32)
+    assert not f.score_pool4.weight.any() and not f.score_pool3.weight.any()
+    for skip, scale in ((f.score_pool4, 100.0), (f.score_pool3, 10_000.0)):
+        nn.init.normal_(skip.weight, 0, scale)  # they begin at 0
+        nn.init.normal_(skip.bias)
+    with torch.no_grad():
+        assert f(x).shape == (2, 5, *size)
+        close([f(x)], [fcn8s(f.parameters(), x)], rtol=1e-3, atol=1e-3)
+    f = lively_f(cycada.SmallFCN(5))
+    for training in (False, True):
+        close([f.train(training)(x.double())], [small_fcn(f.state_dict(), x.double(), training)])
+    nets = lively(cycada.build(tiny_args("--blocks", 3), CPU))
+    x = noise(2, 3, 36, 32)
+    close([nets.G_ST(x)], [resnet_generator(parameters(nets.G_ST), x, 3, False)[0]])
+    close([nets.D_T(x)], [patchgan(parameters(nets.D_T), x, False)])
+    nets = cycada.build(tiny_args("--d-layers", 2, "--antialias-D", "--antialias-G"), CPU)
+    assert len(nets.D_S.stages) == len(nets.D_T.stages) == 4  # two halve, one does not, the logits
+    assert all(any(isinstance(m, common.BlurDown) for m in net.modules())
+               for net in (nets.G_ST, nets.G_TS, nets.D_S, nets.D_T))
+    D = cycada.ScoreDiscriminator(3).double().eval()
+    x, p = noise(2, 3, 4, 5), parameters(D)
+    h = F.conv2d(F.conv2d(x, p[0], p[1]).relu(), p[2], p[3]).relu()
+    close([D(x)], [F.conv2d(h, p[4], p[5])])
+    assert [m.p for m in D.modules() if isinstance(m, nn.Dropout2d)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("path", ["head", "pool4", "pool3"])
+def test_fcn8s_puts_the_scores_of_every_path_exactly_in_their_place(path):
+    """Pools and head replaced by means over what they see, the picture by its own coordinates: a
+    bilinear net returns them, if padding 99 and the offsets 5, 9 and 31 are right."""
+    with torch.device("meta"):
+        f = cycada.FCN8s(3)
+    layers = [nn.Identity() for _ in range(31)]
+    layers[16], layers[23], layers[30] = (nn.AvgPool2d(n, ceil_mode=True) for n in (8, 2, 2))
+    f.features, f.mean, f.std = nn.Sequential(*layers), torch.zeros(1), torch.ones(1)
+    f.up2, f.up8 = cycada.BilinearUp(2), cycada.BilinearUp(8)
+    f.head = nn.AvgPool2d(7, 1)
+    f.score_pool4, f.score_pool3 = (nn.AvgPool2d(1) for _ in "43")
+    for name, scale in (("head", 1), ("pool4", 0.01), ("pool3", 0.0001)):
+        part, on = getattr(f, name if name == "head" else f"score_{name}"), name == path
+        part.register_forward_hook(lambda m, i, out, by=on / scale: out * by)
+    n = 352
+    y, x = torch.meshgrid(torch.arange(n).double(), torch.arange(n).double(), indexing="ij")
+    picture = torch.stack([y, x, y + x])[None]
+    middle = slice(170, 182)  # no cell that reaches there sees the padding
+    close([f(picture)[..., middle, middle]], [((picture + 1) / 2)[..., middle, middle]])
 
 
 def test_imagenet_weights_of_vgg16_reach_every_layer_but_the_scores(monkeypatch):
     f = thin_fcn8s(monkeypatch)
-    convs = [m for m in f.modules() if isinstance(m, nn.Conv2d)]
-    state, at = {}, iter(range(100))
-    for conv in convs[:13]:
-        i = next(at)
-        state[f"features.{i}.weight"] = torch.randn_like(conv.weight)
-        state[f"features.{i}.bias"] = torch.randn_like(conv.bias)
-    for i, conv in ((0, convs[13]), (3, convs[14])):
+    state = {f"features.{k}": torch.randn_like(v) for k, v in f.features.state_dict().items()}
+    for i, conv in ((0, f.head[0]), (3, f.head[3])):
         state[f"classifier.{i}.weight"] = torch.randn(len(conv.weight), conv.weight[0].numel())
         state[f"classifier.{i}.bias"] = torch.randn_like(conv.bias)
-    state["classifier.6.weight"] = torch.randn(1000, 128)
-    last = convs[15].weight.clone()
+    state["classifier.6.weight"], last = torch.randn(1000, 128), f.head[6].weight.clone()
     f.load_imagenet(state)
-    assert torch.equal(convs[3].weight, state["features.3.weight"])
-    assert torch.equal(convs[13].weight.flatten(1), state["classifier.0.weight"])
-    assert torch.equal(convs[14].bias, state["classifier.3.bias"])
-    assert torch.equal(convs[15].weight, last) and not convs[16].weight.any()
+    assert_same(dict(f.features.state_dict()),
+                {k.removeprefix("features."): v for k, v in state.items() if "features" in k})
+    assert torch.equal(f.head[0].weight.flatten(1), state["classifier.0.weight"])
+    assert torch.equal(f.head[3].weight.flatten(1), state["classifier.3.weight"])
+    assert torch.equal(f.head[3].bias, state["classifier.3.bias"])
+    assert torch.equal(f.head[6].weight, last) and not f.score_pool4.weight.any()
 
 
-def test_torchvisions_vgg16_has_the_layout_we_read():
-    from torchvision.models import vgg16
+def test_weights_that_fit_no_task_model_are_refused(tmp_path, monkeypatch):
+    from torchvision.models import VGG16_Weights, vgg16
 
-    with torch.device("meta"):
-        state = vgg16().state_dict()
-        f = cycada.FCN8s(19)
-    names = [k for k in state if k.startswith("features.")] + [
-        f"classifier.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")]
-    ours = [p for m in list(f.modules()) if isinstance(m, nn.Conv2d) for p in (m.weight, m.bias)]
-    assert [state[k].numel() for k in names] == [p.numel() for p in ours[:30]]
-
-
-def test_drn_weights_of_its_authors_reach_every_layer_but_the_scores(tmp_path):
-    torch.manual_seed(1)
-    theirs = segmenters.DRN26(1000)
-    state = {k: torch.randn_like(v) for k, v in theirs.state_dict().items() if "tracked" not in k}
+    with torch.device("meta"):  # torchvision's file has our layout
+        theirs, ours = vgg16().state_dict(), cycada.FCN8s(19)
+    for key, value in ours.features.state_dict().items():
+        assert theirs[f"features.{key}"].shape == value.shape
+    assert theirs["classifier.0.weight"].numel() == ours.head[0].weight.numel()
+    state = {k: torch.randn_like(v) for k, v in segmenters.DRN26(3).state_dict().items()
+             if "tracked" not in k}
     state["fc.weight"], state["fc.bias"] = state.pop("score.weight"), state.pop("score.bias")
     torch.save(state, tmp_path / "drn.pth")
-    args = tiny_args("--task-model", "drn26", "--task-weights", str(tmp_path / "drn.pth"))
-    f = cycada.task_model(args, torch.device("cpu"), args.task_weights)
+    args = tiny_args("--task-model", "drn26", "--task-weights", tmp_path / "drn.pth")
+    f = cycada.task_model(args, args.task_weights)
     assert all(torch.equal(f.state_dict()[k], v) for k, v in state.items() if "fc" not in k)
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     args.task_weights = str(tmp_path / "other.pth")
     with pytest.raises(common.UserError, match="not the weights"):
-        cycada.task_model(args, torch.device("cpu"), args.task_weights)
-    args.task_weights = "imagenet"
+        cycada.task_model(args, args.task_weights)
     with pytest.raises(common.UserError, match="drn_c_26"):
-        cycada.task_model(args, torch.device("cpu"), args.task_weights)
+        tiny_args("--task-model", "drn26", "--task-weights", "imagenet")
+    asked = {}
+
+    def fetch(self, **how):
+        asked.update(how)
+        raise OSError("no network")
+
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", fetch)
+    with pytest.raises(common.UserError, match="cannot fetch .*vgg16.*no network"):
+        cycada.vgg16_state()
+    assert asked == {"check_hash": True, "weights_only": True}
 
 
-# ---- losses and metrics ---------------------------------------------------------------------
+# ---- losses and metrics -----------------------------------------------------------------------
 
 
-def test_task_loss_is_eq_3_10():
-    scores = torch.randn(2, 3, 4, 5, dtype=torch.double)
-    labels = torch.randint(3, (2, 4, 5))
-    labels[0, 1, 2] = labels[1, 3] = 255
-    total, known = 0.0, 0
-    for b in range(2):
-        for i in range(4):
-            for j in range(5):
-                if labels[b, i, j] != 255:
-                    e = [math.exp(float(s)) for s in scores[b, :, i, j]]
-                    total -= sum((k == int(labels[b, i, j])) * math.log(e[k] / sum(e))
-                                 for k in range(3))
-                    known += 1
-    assert float(cycada.task_loss(scores, labels)) == pytest.approx(total / known, rel=1e-12)
-    assert float(cycada.task_loss(scores, torch.full_like(labels, 255))) == 0
+def test_losses_one_number_at_a_time():
+    scores, y = noise(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    y[0, 1, 2] = y[1, 3] = 255
+    expected = []
+    for b, i, j in np.ndindex(2, 4, 5):
+        if y[b, i, j] != 255:
+            e = scores[b, :, i, j].exp()
+            expected.append(-float((e[y[b, i, j]] / e.sum()).log()))
+    assert float(cycada.task_loss(scores, y)) == pytest.approx(np.mean(expected), rel=1e-12)
+    assert float(cycada.task_loss(scores, torch.full_like(y, 255))) == 0
+    logits = noise(2, 2, 4, 5)
+    for domain, sign in ((0, 1), (1, -1)):  # two classes: a logistic regression of the difference
+        odds = sign * (logits[:, 0] - logits[:, 1])
+        close([cycada.domain_loss(logits, domain)], [(1 + (-odds).exp()).log().mean()])
+    a, b = noise(2, 3, 4, 5), noise(2, 3, 4, 5)
+    close([cycada.cycle_loss(a, b), cycada.lsgan(a, 1.0), cycada.lsgan(a, 0.0)],
+          [(a - b).abs().sum() / 120, ((a - 1)**2).sum() / 120, (a**2).sum() / 120])
 
 
 def test_metrics_of_a_hand_computed_three_class_example():
-    """Sec. 3.4.3 by hand: t = (4, 3, 3), hits (3, 2, 1), predicted (5, 3, 2)."""
+    """Sec. 3.4.3 by hand: t = (4, 3, 3), hits (3, 2, 2), predicted (5, 3, 2)."""
     truth = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 255]])
     said = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 2, 0, 2, 1]])
-    said[0, 9] = 2
     n = cycada.confusion(said, truth, 3)
     assert n.tolist() == [[3, 1, 0], [1, 2, 0], [1, 0, 2]]
-    found = cycada.metrics(n)
-    IoU = [3 / (4 + 5 - 3), 2 / (3 + 3 - 2), 2 / (3 + 2 - 2)]
+    found, IoU = cycada.metrics(n), [3 / (4 + 5 - 3), 2 / (3 + 3 - 2), 2 / (3 + 2 - 2)]
     assert found["IoU"].tolist() == pytest.approx([100 * v for v in IoU])
     assert float(found["mIoU"]) == pytest.approx(100 * sum(IoU) / 3)
     assert float(found["fwIoU"]) == pytest.approx(100 * (4 * IoU[0] + 3 * IoU[1] + 3 * IoU[2]) / 10)
     assert float(found["pixel acc."]) == pytest.approx(70)
+    n = torch.tensor([[5, 0, 0], [5, 10, 0], [0, 0, 0]])  # absent and not predicted: 0, and counts
+    assert cycada.metrics(n)["IoU"].tolist() == pytest.approx([50, 100 * 10 / 15, 0])
 
 
 def test_metrics_agree_with_torchmetrics():
     pytest.importorskip("torchmetrics", reason="pip install -r lab/requirements.txt")
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-    torch.manual_seed(0)
     truth, said = torch.randint(5, (3, 20, 30)), torch.randint(5, (3, 20, 30))
     said = torch.where(torch.rand(truth.shape) < 0.6, truth, said)
     truth[:, :4] = 255
@@ -253,234 +358,328 @@ def test_metrics_agree_with_torchmetrics():
                         ("mIoU", MulticlassJaccardIndex(5, average="macro", ignore_index=255)),
                         ("fwIoU", MulticlassJaccardIndex(5, average="weighted", ignore_index=255)),
                         ("pixel acc.", MulticlassAccuracy(5, average="micro", ignore_index=255))):
-        expected = 100 * metric(said, truth).double()
-        torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-5)
+        close([found[key]], [100 * metric(said, truth).double()], rtol=1e-5, atol=1e-5)
 
 
-def test_absent_classes_count_as_zero_and_confusions_add_up():
-    n = torch.tensor([[5, 0, 0], [5, 10, 0], [0, 0, 0]])
-    assert cycada.metrics(n)["IoU"].tolist() == pytest.approx([50, 100 * 10 / 15, 0])
-    a, b = torch.randint(3, (2, 4, 4)), torch.randint(3, (2, 4, 4))
-    assert torch.equal(cycada.confusion(a, b, 3), cycada.confusion(a[:1], b[:1], 3)
-                       + cycada.confusion(a[1:], b[1:], 3))
+def test_the_row_of_a_network_that_is_always_right(folder):
+    args, truth = cycada.get_args(["--data", str(folder), *TINY]), {}
+    pairs = cycada.load_data(args)["test"]
+    for picture, y in pairs:
+        truth[cycada.opened(picture).sum().item()] = np.array(Image.open(y)).astype(int) % 255
+
+    def f(x):  # scores of the picture's own label map
+        y = torch.from_numpy(truth[x.sum().item()])
+        return F.one_hot(y, 3).permute(2, 0, 1)[None].float()
+
+    f.eval, args.task_load = (lambda: f), 40
+    row = {s["name"]: s for s in cycada.row_of_table(f, pairs, args, CPU)}
+    assert list(row) == ["mIoU", "fwIoU", "pixel acc.", "IoU of sky", "IoU of road", "IoU of car"]
+    assert [s["value"] for s in row.values()] == [100] * 6
+    known = [sum(int((y == k).sum()) for y in truth.values()) for k in range(3)]
+    known[0] -= sum(2 * 48 for _ in pairs)                             # the ignored rows
+    most = row["pixel acc."]["trivial"]["most frequent class"]
+    assert most == pytest.approx(100 * max(known) / sum(known))
 
 
-def test_gap_closed_and_harm_are_told():
-    n = {"source only": [[6, 4], [8, 2]], "CyCADA": [[9, 1], [9, 1]], "oracle": [[9, 1], [1, 9]]}
-    n = {row: torch.tensor(v) for row, v in n.items()}
-    found = {row: cycada.metrics(v) for row, v in n.items()}
-    low, ours, high = (float(found[row]["pixel acc."]) for row in n)
-    assert cycada.gap_closed(found, "CyCADA", "pixel acc.") == pytest.approx(
-        100 * (ours - low) / (high - low)) == pytest.approx(20)
-    assert cycada.gap_closed(found, "oracle", "mIoU") is None
-    text = cycada.describe(found, n, torch.tensor([10, 10]), ["sky", "pole"])
-    assert "gap closed by CyCADA" in text and "pixel acc. 20 %" in text
-    assert "harms: pole (14.3 -> 9.1)" in text
-    assert "pole (IoU 9.1): 10 % right, 90 % called sky" in text
+# ---- the steps --------------------------------------------------------------------------------
 
 
-# ---- the pixel step -------------------------------------------------------------------------
+def lively(nets):
+    """Float64, weights that saturate nothing, and rates of 0: a step leaves its gradients."""
+    for name in NETS:
+        common.init_weights(getattr(nets, name).double(), "normal", 0.1)
+    for optimiser in (nets.opt_G, nets.opt_D):
+        optimiser.param_groups[0]["lr"] = 0.0
+    return nets
 
 
-def noise_batch(B=2, size=(32, 40)):
-    x_s, x_t = (torch.rand(B, 3, *size, dtype=torch.double) * 2 - 1 for _ in "st")
-    return x_s, torch.randint(3, (B, *size)), x_t
+def lively_f(f):
+    """Float64, and a batch norm that differs from the identity in all its numbers."""
+    for p in (*f.parameters(), *f.buffers()):
+        if p.dim() == 1:
+            p.data.uniform_(0.2, 0.9)
+    return f.double()
 
 
-def naive_pixel(m, x_s, y_s, x_t, args, judge):
-    """Eq. (3.11) to (3.14), one picture at a time, as the text words them; losses, gradients."""
-    B = len(x_s)
-    losses = dict.fromkeys(
-        ("GAN_ST", "cyc_s", "sem_s", "GAN_TS", "cyc_t", "sem_t", "D_T", "D_S"), 0)
+def cross_entropy(scores, y):
+    """Eq. (3.10), with the sum over k written out; 255 is left out."""
+    softmax = scores.exp() / scores.exp().sum(1, keepdim=True)
+    known = (y != 255).double()
+    total = sum(-((y == k) * softmax[:, k].log()).sum() for k in range(scores.shape[1]))
+    return total / known.sum().clamp(min=1)
+
+
+def naive_step(nets, x_s, x_t, args, old_S, old_T):
+    """Eq. (3.11) to (3.14) as the text words them, one picture at a time, by transcriptions: losses
+    and gradients. old_S, old_T: what the buffers show D."""
+    p = {name: parameters(getattr(nets, name)) for name in NETS}
+    f_S = dict(nets.f_S.state_dict()) if args.lambda_sem else None
+    losses, B = dict.fromkeys(("L_GAN_ST", "L_GAN_TS", "L_cyc", "L_sem_T", "L_sem_S", "L_D_T",
+                               "L_D_S"), 0), len(x_s)
+
+    def G(name, x):
+        return resnet_generator(p[name], x, args.blocks, args.antialias_G)[0]
+
+    def D(name, x):
+        return patchgan(p[name], x, args.antialias_D)
+
+    def f(x):
+        return small_fcn(f_S, x, False)
+
     for b in range(B):
-        s, t, y = x_s[b:b + 1], x_t[b:b + 1], y_s[b:b + 1]
-        fake_t, fake_s = m.G_ST(s), m.G_TS(t)
-        losses["GAN_ST"] += ((m.D_T(fake_t) - 1)**2).mean() / B
-        losses["GAN_TS"] += ((m.D_S(fake_s) - 1)**2).mean() / B
-        losses["cyc_s"] += (m.G_TS(fake_t) - s).abs().mean() / B
-        losses["cyc_t"] += (m.G_ST(fake_s) - t).abs().mean() / B
-        if judge:
-            p_s = y if args.semantic == "gated" else judge(s).argmax(1)
-            losses["sem_s"] += F.cross_entropy(judge(fake_t), p_s) / B
-            losses["sem_t"] += F.cross_entropy(judge(fake_s), judge(t).argmax(1)) / B
-        losses["D_T"] += 0.5 * ((m.D_T(fake_t.detach())**2).mean()
-                                + ((m.D_T(t) - 1)**2).mean()) / B
-        losses["D_S"] += 0.5 * ((m.D_S(fake_s.detach())**2).mean()
-                                + ((m.D_S(s) - 1)**2).mean()) / B
-    L = (losses["GAN_ST"] + losses["GAN_TS"] + args.lambda_cyc * (losses["cyc_s"] + losses["cyc_t"])
-         + args.lambda_sem * (losses["sem_s"] + losses["sem_t"]))
-    Gs, Ds = ([p for net in nets for p in net.parameters()]
-              for nets in ((m.G_ST, m.G_TS), (m.D_T, m.D_S)))
-    return (losses, torch.autograd.grad(L, Gs),
-            torch.autograd.grad(losses["D_T"] + losses["D_S"], Ds))
+        s, t = x_s[b:b + 1], x_t[b:b + 1]
+        fake_t, fake_s = G("G_ST", s), G("G_TS", t)
+        losses["L_GAN_ST"] += ((D("D_T", fake_t) - 1)**2).mean() / B
+        losses["L_GAN_TS"] += ((D("D_S", fake_s) - 1)**2).mean() / B
+        losses["L_cyc"] += ((G("G_TS", fake_t) - s).abs().mean()
+                            + (G("G_ST", fake_s) - t).abs().mean()) / B
+        if f_S:
+            losses["L_sem_T"] += cross_entropy(f(fake_s), f(t).argmax(1)) / B
+            losses["L_sem_S"] += cross_entropy(f(fake_t), f(s).argmax(1)) / B
+        losses["L_D_T"] += ((D("D_T", t) - 1)**2).mean() / 2 / B
+        losses["L_D_S"] += ((D("D_S", s) - 1)**2).mean() / 2 / B
+        losses["L_D_T"] += (D("D_T", old_T[b:b + 1])**2).mean() / 2 / B
+        losses["L_D_S"] += (D("D_S", old_S[b:b + 1])**2).mean() / 2 / B
+    L = (losses["L_GAN_ST"] + losses["L_GAN_TS"] + args.lambda_cyc * losses["L_cyc"]
+         + args.lambda_sem * (losses["L_sem_T"] + losses["L_sem_S"]))
+    if not f_S:
+        del losses["L_sem_T"], losses["L_sem_S"]
+    return (losses, torch.autograd.grad(L, p["G_ST"] + p["G_TS"]),
+            torch.autograd.grad(losses["L_D_S"] + losses["L_D_T"], p["D_S"] + p["D_T"]))
 
 
-@pytest.mark.parametrize("semantic", ["off", "literal", "gated"])
-@pytest.mark.parametrize("B", [1, 3])
-def test_pixel_step_equals_the_naive_one(semantic, B):
-    args = tiny_args("--semantic", semantic, "--lambda-sem", "0.7", "--no-channels-last")
-    m = livelier(cycada.build(args, torch.device("cpu")))
-    x_s, y_s, x_t = noise_batch(B)
-    for name in ("opt_G", "opt_D"):
-        getattr(m, name).param_groups[0]["lr"] = 0.0
-    judge = None
-    if semantic != "off":
-        m.judge.double()
-        for p in m.judge.scores.parameters():  # its loss must be below 1: almost flat scores,
-            p.data.mul_(0.01)
-        m.judge.scores[0].bias.data = torch.tensor([0.1, 0.0, 0.0], dtype=torch.double)
-        judge = copy.deepcopy(m.judge).eval()
-    if semantic == "gated":
-        y_s = torch.zeros_like(y_s)            # and a class that they slightly prefer
-        m.judge.scores[0].bias.data[0] = judge.scores[0].bias.data[0] = 1.0
-        m.opt_judge.param_groups[0]["lr"] = 0.0
-    losses = cycada.train_step(m, x_s, y_s, x_t, args, torch.Generator().manual_seed(0))
-    if semantic == "gated":
-        assert losses.pop("judge") <= 1.0
-        judge = m.judge                        # its batch norm has seen x_s
-    expected, grad_G, grad_D = naive_pixel(m, x_s, y_s, x_t, args, judge)
-    for name, loss in losses.items():
-        assert float(loss) == pytest.approx(float(expected[name].detach()), rel=1e-8), name
-    assert ("sem_s" in losses) == (semantic != "off")
-    G = [p for net in (m.G_ST, m.G_TS) for p in net.parameters()]
-    D = [p for net in (m.D_T, m.D_S) for p in net.parameters()]
-    for p, g in zip([*G, *D], [*grad_G, *grad_D], strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
-    assert all(p.requires_grad for p in D)
-    if semantic == "literal":
-        assert all(p.grad is None for p in m.judge.parameters())
+@pytest.mark.parametrize("B, flags", [
+    (1, []), (3, ["--lambda-sem", "0.7"]), (2, ["--lambda-cyc", "0", "--channels-last"]),
+    (2, ["--lambda-sem", "3", "--antialias-G", "--antialias-D", "--channels-last"])])
+def test_pixel_step_is_the_objective(B, flags):
+    """Eq. (3.11) to (3.14): losses and all gradients in float64; two weights, none like another."""
+    args = tiny_args("--lambda-cyc", "7", *flags)
+    nets = lively(cycada.build(args, CPU))
+    if args.lambda_sem:
+        lively_f(nets.f_S)
+        before = {k: v.clone() for k, v in nets.f_S.state_dict().items()}
+    x_s, x_t, old_S, old_T = (noise(B, 3, 32, 40) for _ in range(4))
+    nets.pool_S.exchange, nets.pool_T.exchange = (lambda x, rng: old_S), (lambda x, rng: old_T)
+    expected, grad_G, grad_D = naive_step(nets, x_s, x_t, args, old_S, old_T)
+    losses = cycada.train_step(nets, x_s, x_t, args, rng())
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        assert float(losses[name].detach()) == pytest.approx(float(value.detach()), rel=1e-9), name
+    close([p.grad for n in ("G_ST", "G_TS") for p in getattr(nets, n).parameters()], grad_G)
+    close([p.grad for n in ("D_S", "D_T") for p in getattr(nets, n).parameters()], grad_D)
+    assert all(p.requires_grad for D in (nets.D_S, nets.D_T) for p in D.parameters())
+    if args.lambda_sem:  # a fixed labeller
+        assert all(p.grad is None for p in nets.f_S.parameters())
+        assert_same(before, dict(nets.f_S.state_dict()))
 
 
-def test_a_judge_that_guesses_is_not_asked():
-    args = tiny_args("--semantic", "gated")
-    m = cycada.build(args, torch.device("cpu"))
-    before = [p.clone() for p in m.judge.parameters()]
-    x_s, y_s, x_t = (t.float() if t.dtype == torch.double else t for t in noise_batch())
-    for p in m.judge.scores.parameters():
-        p.data.mul_(0)                         # loss log 3 = 1.1
-    losses = cycada.train_step(m, x_s, y_s, x_t, args, torch.Generator().manual_seed(0))
-    assert losses["judge"] > 1 and losses["sem_s"] == losses["sem_t"] == 0
-    after = list(m.judge.parameters())
-    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # but it learns
+def test_buffers_get_the_translations_of_this_step():
+    args = tiny_args()
+    nets = cycada.build(args, CPU)
+    x_s, x_t = noise(2, 3, 32, 32, dtype=torch.float32), noise(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        x_st, x_ts = nets.G_ST(x_s), nets.G_TS(x_t)
+    cycada.train_step(nets, x_s, x_t, args, rng())
+    close(nets.pool_T.pictures, list(x_st), rtol=1e-5, atol=1e-6)
+    close(nets.pool_S.pictures, list(x_ts), rtol=1e-5, atol=1e-6)
+    assert nets.pool_S.size == nets.pool_T.size == 50
 
 
-def test_literal_judge_is_f_s_and_stays():
-    args = tiny_args("--semantic", "literal")
-    f_S = cycada.task_model(args, torch.device("cpu"))
-    m = cycada.build(args, torch.device("cpu"), f_S)
-    before = copy.deepcopy(f_S.state_dict())
-    batch = (t.float() if t.dtype == torch.double else t for t in noise_batch())
-    losses = cycada.train_step(m, *batch, args, torch.Generator().manual_seed(0))
-    assert losses["sem_s"] > 0 and m.judge is f_S
-    assert all(torch.equal(before[k], v) for k, v in f_S.state_dict().items())
-
-
-def test_rate_and_history_buffer():
-    rates = [cycada.rate(step, 200, 0.5) for step in range(200)]
-    assert rates[:100] == [1.0] * 100 and rates[-1] == pytest.approx(1 / 101)
-    assert cycada.rate(99, 100, 1.0) == 1.0
-    pool, rng = cycada.HistoryBuffer(3, torch.device("cpu")), torch.Generator().manual_seed(0)
+def test_history_buffer_swaps_half_of_the_time():
+    pool = cycada.HistoryBuffer(3, CPU)
     first = torch.arange(3.0).view(3, 1, 1, 1)
-    assert torch.equal(pool.exchange(first, rng), first)
+    assert torch.equal(pool.exchange(first, rng()), first)
     later = torch.arange(10.0, 2010.0).view(-1, 1, 1, 1)
-    shown = pool.exchange(later, rng)
+    shown = pool.exchange(later, rng())
     assert 0.45 < float((shown == later).float().mean()) < 0.55 and len(pool.pictures) == 3
 
 
-# ---- feature adaptation ---------------------------------------------------------------------
+def gradients(optimiser):
+    """A list that gets the gradients of every step of an optimiser."""
+    steps, params = [], [p for group in optimiser.param_groups for p in group["params"]]
+    optimiser.register_step_pre_hook(
+        lambda *_: steps.append([p.grad.clone() for p in params]) and None)
+    return steps
 
 
-def feature_parts(args, gate_open=True):
-    torch.manual_seed(0)
-    f, D = cycada.task_model(args, torch.device("cpu")), cycada.ScoreDiscriminator(3)
-    D.seen += 100
-    D.accuracies.fill_(1.0 if gate_open else 0.0)
-    return cycada.SimpleNamespace(f_T=f, D_feat=D, opt_f=cycada.sgd(f, args, 1e-3),
-                                  opt_D=cycada.sgd(D, args, 1e-3))
+def test_task_step_is_eq_3_10():
+    args = tiny_args()
+    f = lively_f(cycada.task_model(args))
+    opt, x, y = cycada.sgd(f, args, 0.0), noise(3, 3, 32, 40), labels(3)
+    leaves = {k: v.detach().clone().requires_grad_(v.dtype == torch.double)
+              for k, v in f.state_dict().items()}
+    expected = cross_entropy(small_fcn(leaves, x, True), y)
+    loss, = cycada.task_step(f.eval(), opt, x, y, args).values()
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-9)
+    names = [name for name, _ in f.named_parameters()]
+    close([p.grad for p in f.parameters()],
+          torch.autograd.grad(expected, [leaves[name] for name in names]))
 
 
-@pytest.mark.parametrize("gate_open", [True, False])
-def test_feature_step_is_gated_by_accuracy(gate_open):
-    args = tiny_args("--feature-adaptation")
-    m = feature_parts(args, gate_open)
-    f, D = ([p.clone() for p in net.parameters()] for net in (m.f_T, m.D_feat))
-    averages = [b.clone() for b in m.f_T.buffers()]
-    x_s, y_s, x_t = (t.float() if t.dtype == torch.double else t for t in noise_batch())
-    losses = cycada.feature_step(m, x_s, y_s, x_t, args)
-    changed = [not torch.equal(a, b) for a, b in zip(f, m.f_T.parameters(), strict=True)]
-    assert losses["updated"] == gate_open and any(changed) == gate_open
-    if not gate_open:
-        assert all(torch.equal(a, b) for a, b in zip(averages, m.f_T.buffers(), strict=True))
-    assert all(not torch.equal(a, b) for a, b in zip(D, m.D_feat.parameters(), strict=True))
-    assert (losses["task"] > 0) == (losses["adversarial"] > 0) == gate_open
-
-
-def test_feature_losses_against_their_definition():
-    args = tiny_args("--feature-adaptation", "--lambda-feature", "0.1")
-    m = feature_parts(args)
-    for layer in m.D_feat.modules():
+def feature_nets(args, **rates):
+    f_T = lively_f(cycada.task_model(args))
+    D_feat = cycada.ScoreDiscriminator(3).double()
+    for layer in D_feat.modules():
         if isinstance(layer, nn.Dropout2d):
             layer.p = 0.0
-    for group in (*m.opt_f.param_groups, *m.opt_D.param_groups):
-        group["lr"] = 0.0
-    x_s, y_s, x_t = (t.float() if t.dtype == torch.double else t for t in noise_batch())
-    f, D = copy.deepcopy(m.f_T).eval(), copy.deepcopy(m.D_feat)
-    losses = cycada.feature_step(m, x_s, y_s, x_t, args)
-    p_s, p_t = D(f(x_s).detach()).softmax(1), D(f(x_t).detach()).softmax(1)
-    torch.testing.assert_close(losses["D_feat"], -p_s[:, 1].log().mean() - p_t[:, 0].log().mean())
-    right = (p_s[:, 1] > 0.5).float().mean() / 2 + (p_t[:, 0] > 0.5).float().mean() / 2
-    torch.testing.assert_close(losses["accuracy"], right)
-    torch.testing.assert_close(losses["adversarial"], -p_t[:, 1].log().mean())
-    torch.testing.assert_close(losses["task"], cycada.task_loss(f.train()(x_s), y_s).detach())
-    assert all(p.requires_grad for p in m.D_feat.parameters())
+    return cycada.SimpleNamespace(
+        f_T=f_T, D_feat=D_feat, opt_f=cycada.sgd(f_T, args, rates.get("f", 0.0)),
+        opt_D=cycada.sgd(D_feat, args, rates.get("D", 0.0)))
 
 
-def test_remembered_accuracies():
+def test_feature_step_is_its_objective():
+    """Fig. 3.33: D_feat, then f_T against the new D_feat, then f_T on the labels."""
+    args = tiny_args("--lambda-feature", "0.3", "--feature-gate", "0")
+    nets = feature_nets(args, D=0.01)
+    x_s, x_t, y_s = noise(2, 3, 32, 40), noise(2, 3, 32, 40), labels(2)
+    names = [name for name, _ in nets.f_T.named_parameters()]
+    f = {k: v.detach().clone().requires_grad_(k in names) for k, v in nets.f_T.state_dict().items()}
+    D = parameters(nets.D_feat)
+    steps_f, steps_D = gradients(nets.opt_f), gradients(nets.opt_D)
+    losses = cycada.feature_step(nets, x_s, y_s, x_t, args)
+
+    def p_source(D, scores):
+        h = F.conv2d(F.conv2d(scores, D[0], D[1]).relu(), D[2], D[3]).relu()
+        return F.conv2d(h, D[4], D[5]).softmax(1)[:, 1]
+
+    with torch.no_grad():
+        scores_s, scores_t = small_fcn(f, x_s, True), small_fcn(f, x_t, True)
+    p_s, p_t = p_source(D, scores_s), p_source(D, scores_t)
+    L_D_feat = -(p_s.log().mean() + (1 - p_t).log().mean()) / 2
+    accuracy = ((p_s > 0.5).double().mean() + (p_t < 0.5).double().mean()) / 2
+    new_D = parameters(nets.D_feat)
+    L_GAN_feat = -p_source(new_D, small_fcn(f, x_t, True)).log().mean()
+    L_task = cross_entropy(small_fcn(f, x_s, True), y_s)
+    for name, value in (("L_D_feat", L_D_feat), ("L_GAN_feat", L_GAN_feat), ("L_task", L_task)):
+        assert float(losses[name].detach()) == pytest.approx(float(value.detach()), rel=1e-9), name
+    assert float(losses["accuracy"]) == pytest.approx(float(accuracy)) and losses["updated"] == 1
+    close(steps_D[0], torch.autograd.grad(L_D_feat, D))
+    leaves = [f[name] for name in names]
+    close(steps_f[0], torch.autograd.grad(0.3 * L_GAN_feat, leaves))
+    close(steps_f[1], torch.autograd.grad(L_task, leaves))
+    assert len(steps_D) == 1 and len(steps_f) == 2
+    assert all(p.requires_grad for p in nets.D_feat.parameters())
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_feature_step_is_gated(gate):
+    """f_T learns only while D_feat can tell the domains apart; D_feat learns in any case."""
+    args = tiny_args("--feature-gate", gate)
+    nets = feature_nets(args, f=0.01, D=0.01)
+    f, D = parameters(nets.f_T), parameters(nets.D_feat)
+    losses = cycada.feature_step(nets, noise(2, 3, 32, 40), labels(2), noise(2, 3, 32, 40), args)
+    changed = [not torch.equal(a, b) for a, b in zip(f, nets.f_T.parameters(), strict=True)]
+    assert losses["updated"] == (gate == 0) and all(changed) == any(changed) == (gate == 0)
+    assert all(not torch.equal(a, b) for a, b in zip(D, nets.D_feat.parameters(), strict=True))
+    assert losses["L_GAN_feat"] > 0 and losses["L_task"] > 0  # looked at, not learnt from
+    assert float(nets.D_feat.last_update) == (gate == 0)
+    moved = nets.f_T.blocks[0][1].num_batches_tracked           # CHOICE (code): training mode
+    assert moved == (4 if gate == 0 else 2)
+
+
+def test_the_gate_is_the_mean_of_the_last_100_accuracies():
     D = cycada.ScoreDiscriminator(3)
-    assert float(D.remember(torch.tensor(0.8))) == pytest.approx(0.8)
-    assert float(D.remember(torch.tensor(0.4))) == pytest.approx(0.6)
-    for _ in range(100):
-        mean = D.remember(torch.tensor(0.5))
-    assert float(mean) == pytest.approx(0.5)
+    assert D.may_teach(torch.tensor(0.8), 0.7) and not D.may_teach(torch.tensor(0.4), 0.65)
+    assert not D.may_teach(torch.tensor(0.6), 0.61) and D.last_update == 1
+    for _ in range(99):
+        D.may_teach(torch.tensor(0.5), 1.0)
+    assert D.may_teach(torch.tensor(0.5), 0.499) and not D.may_teach(torch.tensor(0.5), 0.501)
 
 
-# ---- data -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [["--lambda-sem", "1"], ["--amp", "--lambda-sem", "1"]])
+def test_every_weight_learns_and_losses_are_float32(flags):
+    args = tiny_args(*flags)
+    nets = cycada.build(args, CPU)
+    x_s, x_t = noise(2, 3, 32, 32, dtype=torch.float32), noise(2, 3, 32, 32, dtype=torch.float32)
+    before = {name: parameters(getattr(nets, name)) for name in NETS}
+    for step in range(3):
+        losses = cycada.train_step(nets, x_s, x_t, args, rng(step))
+        assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
+    for name, old in before.items():
+        assert all(not torch.equal(a, b) for a, b in zip(old, getattr(nets, name).parameters(),
+                                                         strict=True))
 
 
-def test_samples_depend_on_seed_and_number_alone(folder):
+def test_chance_is_what_an_undecided_d_gets():
+    undecided = torch.full((1, 1, 3, 3), 0.5)
+    one, zero = (float(cycada.lsgan(undecided, target)) for target in (1.0, 0.0))
+    pixels = {name: one for name in ("L_GAN_ST", "L_GAN_TS")} | {
+        name: (one + zero) / 2 for name in ("L_D_S", "L_D_T")}
+    half = float(cycada.domain_loss(torch.zeros(1, 2, 3, 3), cycada.SOURCE))
+    assert cycada.CHANCE == pytest.approx(pixels | {"L_D_feat": half, "L_GAN_feat": half,
+                                                    "accuracy": 0.5})
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+def test_samples_depend_on_seed_and_number_and_every_epoch_shows_all(folder, monkeypatch):
     args = cycada.get_args(["--data", str(folder), *TINY])
-    pairs = {split: cycada.find_pairs(folder, split, args) for split in ("source", "target")}
-    for make in (lambda: cycada.Labelled(pairs["source"], args),
-                 lambda: cycada.Unpaired(pairs["source"], pairs["target"], args),
-                 lambda: cycada.Adaptation(pairs["source"], pairs["target"], args)):
+    data = cycada.load_data(args)
+    target = [x for x, _ in data["target"]]
+    for make in (lambda: cycada.Unpaired(data["source"], data["target"], args),
+                 lambda: cycada.Labelled(data["source"], args),
+                 lambda: cycada.Labelled(data["source"], args, target)):
         for n in (0, 9, 3):
-            for a, b in zip(make()[n], make()[n], strict=True):
-                assert torch.equal(a, b)
-                assert a.shape == ((3, 32, 32) if a.dtype == torch.float else (32, 32))
-    data = cycada.Labelled(pairs["source"], args)
-    assert not torch.equal(data[0][0], data[4][0])
+            close(make()[n], make()[n], rtol=0, atol=0)
+            assert all(a.shape == ((3, 32, 32) if a.dtype == torch.float else (32, 32))
+                       for a in make()[n])
+    seen, open_rgb = [], common.open_rgb
+    monkeypatch.setattr(common, "open_rgb", lambda f: seen.append(f) or open_rgb(f))
+    for samples in (cycada.Unpaired(data["source"], data["target"], args),
+                    cycada.Labelled(data["source"], args, target)):
+        seen.clear()
+        for n in range(40):
+            samples[n]
+        xs, ts = seen[0::2], seen[1::2]
+        assert set(xs[:4]) == set(xs[4:8]) == {x for x, _ in data["source"]} and xs[:4] != xs[4:8]
+        assert set(ts) == set(target)
+        assert all(len({t for s, t in zip(xs, ts, strict=True) if s == x}) > 1 for x in set(xs))
 
 
-def test_picture_and_label_are_cropped_and_mirrored_together(tmp_path):
-    """The picture is its own label map in grey, so they must agree in every crop."""
+def test_picture_and_label_stay_together(tmp_path):
+    """The picture is its own label map in grey, so they must agree: in crops, half of them
+    mirrored, and in whole pictures, which are not."""
     label = np.random.default_rng(0).integers(0, 3, (10, 12)).repeat(8, 0).repeat(8, 1)
-    for split in ("source", "target"):
-        for kind, scale in (("img", 80), ("label", 1)):
-            (tmp_path / f"{split}_{kind}").mkdir()
-            Image.fromarray((label * scale).astype(np.uint8)).save(
-                tmp_path / f"{split}_{kind}/a.png")
-    args = cycada.get_args(["--data", str(tmp_path), *TINY, "--task-load", "80", "--load", "96"])
-    pairs = cycada.find_pairs(tmp_path, "source", args)
-    for data in (cycada.Labelled(pairs, args), cycada.Unpaired(pairs, pairs, args)):
-        for n in range(6):
-            x, y = data[n][:2]
+    for name, array in (("x.png", label * 80), ("y.png", label)):
+        Image.fromarray(array.astype(np.uint8)).save(tmp_path / name)
+    for crop, size in ((32, (32, 32)), (None, (80, 96))):
+        args = tiny_args("--task-load", 80)
+        args.task_size = crop
+        samples, mirrored = cycada.Labelled([(tmp_path / "x.png", tmp_path / "y.png")], args), 0
+        for n in range(60):
+            x, y = samples[n]
             assert torch.equal(((x[0] + 1) * 127.5 / 80).round().long(), y)
+            assert y.shape == size
+            crops = torch.from_numpy(label).unfold(0, size[0], 1).unfold(1, size[1], 1)
+            mirrored += not bool((crops == y).all(-1).all(-1).any())
+        assert 15 < mirrored < 45 if crop else mirrored == 0          # p = 1/2: 30 +- 4
 
 
-def test_label_ids_and_ignored(tmp_path, folder):
+def test_sizes(tmp_path):
+    """Widths become --load in stage pixel, short sides of label maps --task-load for task models;
+    whole pictures all take the first one's shape."""
+    for name, size in (("a", (96, 48)), ("b", (90, 50))):
+        Image.new("RGB", size).save(tmp_path / f"x{name}.png")
+        Image.new("L", size).save(tmp_path / f"y{name}.png")
+    small = [(tmp_path / "xa.png", tmp_path / "yb.png"), (tmp_path / "xb.png", tmp_path / "ya.png")]
+    seen, resized = [], cycada.resized
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cycada, "resized", lambda *a: seen.append(a[1:4]) or resized(*a))
+        args = tiny_args("--load", 64)
+        cycada.Unpaired(small[:1], small[1:], args)[0]
+        assert seen == [(64, 32, 32), (64, 36, 32)]
+        args.task_size, args.task_load = 32, 40
+        cycada.Labelled(small[:1], args)[0]
+        args.task_size = None
+        shapes = {x.shape for n in range(4) for x in [cycada.Labelled(small, args)[n][0]]}
+    assert seen[2] == (72, 40, 32) and shapes == {(3, 40, 72)}
+
+
+def test_label_ids_and_ignored(tmp_path):
     ids = np.array([[7, 8], [11, 0]], dtype=np.uint8)
     Image.fromarray(ids).save(tmp_path / "ids.png")
-    args = tiny_args("--label-ids", "7", "8", "11")
+    args = tiny_args("--classes", "a=7", "b=8", "c=11")
     assert np.array(cycada.open_label(tmp_path / "ids.png", args)).tolist() == [[0, 1], [2, 255]]
     palette = Image.fromarray(np.array([[0, 1], [2, 255]], dtype=np.uint8))
     palette.putpalette(list(range(256)) * 3)
@@ -491,212 +690,222 @@ def test_label_ids_and_ignored(tmp_path, folder):
                                                                                       [2, 255]]
 
 
-def test_domains_by_name_prefix(tmp_path):
-    """CamVid's layout: sequences of both domains share the folders."""
-    rng = np.random.default_rng(0)
-    write(tmp_path, ("train", "test"), rng, 2, "day_")
-    write(tmp_path, ("train", "test"), rng, 3, "dusk_")
-    write(tmp_path, ("val",), rng, 1, "day2_")
-    args = cycada.get_args(["--data", str(tmp_path), *TINY, "--source-names", "day_", "day2_",
-                            "--target-names", "dusk_"])
-    with pytest.raises(common.UserError, match="two pictures of the source are named day_0"):
-        cycada.load_data(tmp_path, args)
-    for split in ("img", "label"):
-        for f in (tmp_path / f"test_{split}").glob("*"):
-            f.rename(f.with_name(f.name.replace("_", "_t")))
-    data = cycada.load_data(tmp_path, args)
-    names = {split: [f"{p.parent.name}/{p.stem}" for p, _ in pairs]
-             for split, pairs in data.items()}
-    assert names == {
-        "source": ["train_img/day_0", "train_img/day_1", "val_img/day2_0", "test_img/day_t0",
-                   "test_img/day_t1"],
-        "target": ["train_img/dusk_0", "train_img/dusk_1", "train_img/dusk_2"],
-        "test": ["test_img/dusk_t0", "test_img/dusk_t1", "test_img/dusk_t2"]}
-    assert all(y.parent.name == x.parent.name.replace("img", "label") and y.name == x.name
-               for pairs in data.values() for x, y in pairs)
+# ---- runs -------------------------------------------------------------------------------------
 
 
-# ---- the script -----------------------------------------------------------------------------
+def test_what_train_applies(folder, tmp_path, monkeypatch):
+    """Stages in the paper's order; rates; which pictures and labels each stage gets."""
+    seen = []
 
+    def pixel(nets, x_s, x_t, args, rng):
+        lr = [o.param_groups[0]["lr"] for o in (nets.opt_G, nets.opt_D)]
+        seen.append(("pixel", lr, x_s, x_t))
+        return {"L_cyc": torch.tensor(1.0)}
 
-def run(*flags):
-    cycada.main([*map(str, flags)])
+    def task(f, opt, x, y, args):
+        seen.append(("task", opt.param_groups[0]["lr"], x, y))
+        return {"L_task": torch.tensor(1.0)}
 
+    def feature(nets, x, y, x_t, args):
+        lr = [o.param_groups[0]["lr"] for o in (nets.opt_f, nets.opt_D)]
+        seen.append(("feature", lr, x, x_t))
+        if len(seen) < 35:
+            nets.D_feat.last_update += 1
+        return {"L_task": torch.tensor(1.0)}
 
-def run_fails(capsys, *flags):
-    return error_of(capsys, cycada.main, *flags)
-
-
-def parts(path):
-    return torch.load(path, weights_only=True)["parts"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run folder, all stages; the data are those of `folder`."""
-    tmp_path = tmp_path_factory.mktemp("trained")
-    run("--data", write_all(tmp_path / "data"), *TINY, *STEPS, "--feature-adaptation",
+    for name, step in (("train_step", pixel), ("task_step", task), ("feature_step", feature),
+                       ("translate", lambda G, x, args: torch.zeros_like(x))):
+        monkeypatch.setattr(cycada, name, step)
+    run("--data", folder, *TINY, "--steps", 10, "--task-steps", 8, "--task-decay-from", "0.5",
+        "--feature-steps", 90, "--feature-lr", "0.3", "--task-lr", "0.1", "--task-batch", 3, *EVERY,
         "--out", tmp_path / "run")
-    return tmp_path / "run"
+    assert [s[0] for s in seen[:26]] == ["task"] * 8 + ["pixel"] * 10 + ["task"] * 8
+    assert [s[1] for s in seen[8:18]] == [pytest.approx([rate, rate]) for rate in (
+        [2e-4] * 5 + [2e-4 * (10 - step) / 6 for step in range(5, 10)])]
+    task_rates = [0.1] * 4 + [0.1 * (8 - step) / 5 for step in range(4, 8)]
+    for stage in (seen[:8], seen[18:26], seen[-8:]):
+        assert [s[1] for s in stage] == pytest.approx(task_rates)
+        assert all(s[2].shape == (3, 3, 32, 32) for s in stage)
+    # CHOICE (code): an epoch (4 pictures) without an update ends stage feature, at 8 + 4 steps
+    features = [s for s in seen if s[0] == "feature"]
+    assert len(features) == 8 + 4 and all(s[1] == [0.3, 0.3] for s in features)
+    assert all(s[2].shape == (2, 3, 32, 32) for s in features)        # --batch
+    last = torch.load(tmp_path / "run/feature/last.pt", weights_only=True)
+    assert last["step"] == 12
+    source, target, translation = (float(np.std([np.array(Image.open(f)) / 127.5 for f in (
+        where).iterdir()])) for where in (folder / "source_img", folder / "target_img",
+                                          tmp_path / "run/translated"))
+    assert translation < 0.01 < 0.15 < target < 0.28 < 0.36 < source  # they tell the domains apart
+    for steps, spread, column in ((seen[:8], source, 2), (seen[8:18], source, 2),
+                                  (seen[8:18], target, 3), (seen[18:26], translation, 2),
+                                  (features, translation, 2), (features, target, 3),
+                                  (seen[-8:], target, 2)):
+        assert abs(float(torch.cat([s[column] for s in steps]).std()) - spread) < 0.05
 
 
-def test_run_folder_and_table(trained, capsys):
-    stages = {"source", "pixel", "target", "oracle", "feature"}
-    for stage in stages:
-        assert {"log.csv", "index.html", "last.pt", "samples"} <= {
-            f.name for f in (trained / stage).iterdir()}
-    assert sorted(f.name for f in (trained / "translated").iterdir()) == [
-        f"{i}.png" for i in range(4)]
-    assert set(parts(trained / "last.pt")["finished"]["nets"]) == {
-        "f_S", "G_ST", "G_TS", "f_T", "f_oracle", "f_feature"}
-    result = json.loads((trained / "result.json").read_text())
-    assert (result["method"], result["steps"]) == ("cycada", 3 + 4 + 3 + 3 + 3)
-    mIoU, fwIoU, accuracy = result["scores"]
-    assert [s["name"] for s in result["scores"]] == ["mIoU", "fwIoU", "pixel acc."]
-    assert set(mIoU["trivial"]) == {"source only", "CyCADA", "oracle", "most frequent class"}
-    assert set(mIoU["IoU"]) == {"source only", "CyCADA", "CyCADA + feature", "oracle"}
-    assert list(mIoU["IoU"]["oracle"]) == NAMES and "gap closed, per cent" in accuracy
-    n = torch.tensor(mIoU["confusion, true x predicted"]["CyCADA + feature"])
-    assert float(cycada.metrics(n)["mIoU"]) == pytest.approx(mIoU["value"])
-    text = (trained / "table.txt").read_text()
-    for words in ("source only", "CyCADA + feature", "oracle", "worst classes of CyCADA", "car"):
-        assert words in text
-    rows = (trained / "pixel/log.csv").read_text().splitlines()
-    assert rows[0] == "step,GAN_ST,cyc_s,GAN_TS,cyc_t,D_T,D_S,seconds" and len(rows) == 5
+def test_run_folder_and_table(trained):
+    for stage in EVERY[1:]:
+        names = {f.name for f in (trained / stage).iterdir()}
+        assert {"log.csv", "index.html", "last.pt", "samples", "result.json"} <= names
+    assert {stage: set(parts(trained / stage / "last.pt")) for stage in EVERY[1:]} == {
+        "source": {"f_S", "opt"}, "task": {"f_T", "opt"}, "oracle": {"f_T", "opt"},
+        "pixel": {*NETS, "opt_G", "opt_D", "pool_S", "pool_T"},
+        "feature": {"f_T", "D_feat", "opt_f", "opt_D"}}
+    whole, rows = result(trained), {s: result(trained / s)["scores"] for s in EVERY[1:]}
+    assert (whole["method"], whole["steps"]) == ("cycada", 3 + 4 + 3 + 3 + 3)
+    for k, score in enumerate(whole["scores"]):
+        assert score["value"] == rows["feature"][k]["value"]
+        assert score["trivial"] == rows["feature"][k]["trivial"] | {
+            "source only": rows["source"][k]["value"], "CyCADA": rows["task"][k]["value"],
+            "oracle": rows["oracle"][k]["value"]}
+    log = (trained / "pixel/log.csv").read_text().splitlines()
+    assert log[0] == "step,L_GAN_ST,L_GAN_TS,L_cyc,L_D_T,L_D_S,seconds" and len(log) == 5
+    assert Image.open(trained / "pixel/samples/step_000004.png").width > 6 * 40
 
 
-def test_f_t_learns_from_translations_with_the_old_labels(trained, folder, monkeypatch):
-    """Stage target sees translated/NAME.png with source_label/NAME.png: Eq. (3.14), first term."""
-    args = cycada.get_args(["--data", str(folder), *TINY, "--out", str(trained)])
-    finished = cycada.Finished()
-    finished.load_state_dict(parts(trained / "last.pt")["finished"])
-    pairs = cycada.translated_pairs(cycada.find_pairs(folder, "source", args), finished, args)
-    assert [(x.relative_to(trained).as_posix(), y.relative_to(folder).as_posix())
-            for x, y in pairs] == [(f"translated/{i}.png", f"source_label/{i}.png")
-                                   for i in range(4)]
-    G = finished.network("G_ST", args, torch.device("cpu"))
-    x = cycada.open_scaled(folder / "source_img/2.png", args.load, "cpu")
-    expected = common.to_pil(cycada.translate(G, x, args)[0])
-    assert np.array_equal(np.asarray(Image.open(pairs[2][0])), np.asarray(expected))
-    a, b = (parts(trained / f"{stage}/last.pt")["f"] for stage in ("source", "target"))
-    assert not torch.equal(a["scores.0.weight"], b["scores.0.weight"])
+def test_every_picture_is_translated_once_by_the_newest_generator(trained, folder, tmp_path):
+    args = cycada.get_args(["--data", str(folder), *TINY, "--out", str(tmp_path)])
+    (tmp_path / "pixel").mkdir()
+    weights = shutil.copy(trained / "pixel/last.pt", tmp_path / "pixel")
+    source, process = cycada.load_data(args)["source"], common.Run("cycada", args)
+    pairs = cycada.translated_pairs(source, args, process)
+    assert [(x.name, y) for x, y in pairs] == [(f"{i}.png", folder / f"source_label/{i}.png")
+                                               for i in range(4)]
+    G = list(parts(weights)["G_ST"].values())
+    x = cycada.opened(source[2][0], 40)                               # --load
+    x = F.pad(x, (0, 0, 0, 3), mode="reflect")                        # 40 x 33: not a multiple of 4
+    expected = common.to_pil(resnet_generator(G, x, 1, False)[0][0, :, :33])
+    made = np.asarray(Image.open(pairs[2][0])).astype(int)
+    assert made.shape == (33, 40, 3) and np.abs(made - np.asarray(expected)).max() <= 1
+    for name, age in ((0, -10), (1, 10)):  # one older, one newer than G_ST
+        Image.new("RGB", (1, 1)).save(pairs[name][0])
+        os.utime(pairs[name][0], (Path(weights).stat().st_mtime + age,) * 2)
+    cycada.translated_pairs(source, args, process)
+    assert [Image.open(pairs[i][0]).size for i in (0, 1)] == [(40, 33), (1, 1)]
 
 
 def test_target_labels_reach_the_oracle_and_nothing_else(trained, folder, tmp_path):
     for f in (folder / "target_label").iterdir():
         Image.fromarray(np.zeros((40, 48), dtype=np.uint8)).save(f)
-    run("--data", folder, *TINY, *STEPS, "--feature-adaptation", "--out", tmp_path / "other")
-    a, b = (parts(r / "last.pt")["finished"]["nets"] for r in (trained, tmp_path / "other"))
-    for name in a:
-        if name == "f_oracle":
-            assert not torch.equal(a[name]["scores.0.weight"], b[name]["scores.0.weight"])
+    run("--data", folder, *TINY, *STEPS, *EVERY, "--out", tmp_path / "other")
+    for stage in EVERY[1:]:
+        a, b = (parts(r / stage / "last.pt") for r in (trained, tmp_path / "other"))
+        if stage == "oracle":
+            assert not torch.equal(a["f_T"]["scores.0.weight"], b["f_T"]["scores.0.weight"])
         else:
-            assert_same(a[name], b[name])
+            assert_same(a, b)
 
 
-def interrupted(function, when, train):
-    """Ctrl-C in the `when`-th call of one of the script's steps."""
+def test_stages_one_by_one_equal_all_at_once(trained, folder, tmp_path, capsys):
+    flags = ["--data", folder, *TINY, *STEPS, "--out", tmp_path / "steps", "--stage"]
+    for stage in EVERY[1:]:
+        run(*flags, stage)
+        assert_same(*(parts(r / stage / "last.pt") for r in (trained, tmp_path / "steps")))
+    assert result(tmp_path / "steps")["steps"] == 3
+    out = ["--data", folder, *TINY, *STEPS, "--out", tmp_path / "none", "--stage"]
+    for stage, first in (("task", "pixel"), ("feature", "task"), ("pixel", "source")):
+        line = error_of(capsys, cycada.main, *out, stage, "--lambda-sem", 1)
+        assert f"none/{first}/last.pt" in line and f"--stage {first} comes first" in line
+
+
+def interrupted(function, train):
+    """Ctrl-C in the second call of one of the script's steps."""
     original, calls = getattr(cycada, function), []
 
     def step(*args):
         calls.append(1)
-        if len(calls) == when and function == "translate":
-            raise KeyboardInterrupt  # no training loop is there to catch the signal
-        if len(calls) == when:
+        if len(calls) == 2:
             os.kill(os.getpid(), 2)
         return original(*args)
 
-    setattr(cycada, function, step)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train()
-    finally:
-        setattr(cycada, function, original)
-    assert len(calls) == when
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cycada, function, step)
+        train()
+    assert len(calls) == 2
 
 
-@pytest.mark.parametrize("semantic, stops", [
-    ("off", [("translate", 4 * 4 * 2 + 2)]),  # after the grids: while translating the source
-    ("gated", [("train_step", 3)]),
-    pytest.param("off", [("task_step", 2),    # in stage source
-                         ("train_step", 3),
-                         ("task_step", 5),    # in stage target
-                         ("feature_step", 2)], marks=pytest.mark.slow),
-    pytest.param("literal", [("train_step", 2)], marks=pytest.mark.slow)])
-def test_resumed_run_is_bit_identical_in_every_stage(folder, tmp_path, semantic, stops):
-    flags = ["--data", folder, *TINY, *STEPS, "--semantic", semantic, "--feature-adaptation",
-             "--feature-gate", "0"]
-    run(*flags, "--out", tmp_path / "whole")
-    whole = [parts(f) for f in sorted((tmp_path / "whole").rglob("last.pt"))]
-    result = json.loads((tmp_path / "whole/result.json").read_text())
-    assert len(whole) == 6
-    for n, (function, when) in enumerate(stops):
-        out = tmp_path / str(n)
-        interrupted(function, when, lambda out=out: run(*flags, "--out", out))
-        assert not (out / "result.json").exists()
-        run(*flags, "--out", out, "--resume")
-        for a, f in zip(whole, sorted(out.rglob("last.pt")), strict=True):
-            assert_same(a, parts(f))
-        for stage in ("source", "pixel", "target", "feature", "oracle"):
-            rows = (out / stage / "log.csv").read_text().split()
-            assert [r.split(",")[0] for r in rows[1:]] == [
-                str(i + 1) for i in range(4 if stage == "pixel" else 3)]
-        again = json.loads((out / "result.json").read_text())
-        assert (result["scores"], result["steps"]) == (again["scores"], again["steps"])
+@pytest.mark.parametrize("function, stage", [("task_step", "source"), ("train_step", "pixel"),
+                                             ("feature_step", "feature")])
+def test_resumed_run_is_bit_identical(trained, folder, tmp_path, function, stage):
+    """Interrupted in a stage, the same command goes on there, and leaves alone what is done."""
+    stages = EVERY[:EVERY.index(stage) + 1]
+    flags = ["--data", folder, *TINY, *STEPS, *(["--stage", stage] if stage == "feature" else
+                                                stages), "--out", tmp_path / "run"]
+    if stage == "feature":
+        for name in ("task", "pixel"):
+            (tmp_path / "run" / name).mkdir(parents=True)
+            shutil.copy(trained / name / "last.pt", tmp_path / "run" / name)
+    interrupted(function, lambda: run(*flags))
+    assert not (tmp_path / "run/result.json").exists()
+    done = [tmp_path / "run" / s / "last.pt" for s in stages[1:-1]]
+    before = [f.stat().st_mtime_ns for f in done if f.exists()]
+    run("--data", folder, "--resume", "--out", tmp_path / "run", "--device", "cpu", "--stage",
+        *(stages[1:] if stage != "feature" else [stage]))             # other flags: from last.pt
+    assert before == [f.stat().st_mtime_ns for f in done if f.exists()]
+    assert_same(*(parts(r / stage / "last.pt") for r in (trained, tmp_path / "run")))
+    rows = (tmp_path / "run" / stage / "log.csv").read_text().split()
+    assert [r.split(",")[0] for r in rows[1:]] == [str(i + 1) for i in range(len(rows) - 1)]
+    scores = (result(r / stage)["scores"] for r in (trained, tmp_path / "run"))
+    assert next(scores) == next(scores)
 
 
-def test_stages_one_by_one_equal_all_at_once(trained, folder, tmp_path, capsys):
-    flags = ["--data", folder, *TINY, *STEPS, "--out", tmp_path / "steps"]
-    run(*flags, "--stages", "source")
-    assert "CyCADA" not in (tmp_path / "steps/table.txt").read_text()
-    for stages in (["pixel"], ["target"], ["oracle", "feature"]):
-        run(*flags, "--stages", *stages, "--resume")
-    assert_same(*(parts(r / "last.pt")["finished"]["nets"] for r in (trained, tmp_path / "steps")))
-    out = ["--data", folder, *TINY, *STEPS, "--out", tmp_path / "none", "--stages"]
-    assert "pixel" in run_fails(capsys, *out, "target")
-    assert "f_T is needed" in run_fails(capsys, *out, "feature")
-    line = run_fails(capsys, *out, "pixel", "--semantic", "literal")
-    assert "f_S is needed" in line and "--stages source" in line
+def test_semantic_labels_are_those_of_stage_source(trained, folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cycada, "train_step", lambda nets, *_: seen.append(nets) or {
+        "L_cyc": torch.tensor(1.0)})
+    (tmp_path / "source").mkdir()
+    shutil.copy(trained / "source/last.pt", tmp_path / "source")
+    run("--data", folder, *TINY, "--steps", 1, "--lambda-sem", 1, "--stage", "pixel", "--out",
+        tmp_path)
+    assert_same(dict(seen[0].f_S.state_dict()), dict(parts(trained / "source/last.pt")["f_S"]))
+    assert not seen[0].f_S.training and not any(p.requires_grad for p in seen[0].f_S.parameters())
+    assert "f_S" not in parts(tmp_path / "pixel/last.pt")
 
 
-def test_without_labels_there_are_no_scores_or_oracle(folder, tmp_path, capsys):
+def test_without_target_labels_there_is_no_oracle(folder, tmp_path, capsys):
     for name in ("target_label", "test_label", "test_img"):
         (folder / name).rename(tmp_path / name)
-    run("--data", folder, *TINY, *STEPS, "--out", tmp_path / "run")
-    assert "no oracle" in capsys.readouterr().out
-    assert set(parts(tmp_path / "run/last.pt")["finished"]["nets"]) == {"f_S", "G_ST", "G_TS",
-                                                                        "f_T"}
-    assert json.loads((tmp_path / "run/result.json").read_text())["scores"] == []
+    run("--data", folder, *TINY, *STEPS, "--out", tmp_path / "run", "--stage", "source", "oracle")
+    assert "no oracle" in capsys.readouterr().out and not (tmp_path / "run/oracle").exists()
+    assert result(tmp_path / "run")["scores"] == []
 
 
-def test_translate_in_all_directions(trained, folder, tmp_path):
-    picture = np.random.default_rng(2).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+# ---- translate and evaluate -------------------------------------------------------------------
+
+
+def test_translate_by_the_network_of_the_stage(trained, tmp_path):
+    picture = np.random.default_rng(2).integers(0, 256, (36, 52, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "p.png")
-    answers = {}
-    for direction in ("StoT", "TtoS", "labels"):
-        run("--translate", tmp_path / "p.png", "--weights", trained / "last.pt",
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    for direction, name in (("StoT", "G_ST"), ("TtoS", "G_TS")):
+        run("--translate", tmp_path / "p.png", "--weights", trained / "pixel/last.pt",
             "--direction", direction, "--out", tmp_path / direction)
-        with Image.open(tmp_path / direction / "p.png") as im:
-            assert (im.size, im.mode) == ((51, 37), "RGB")
-            answers[direction] = np.asarray(im)
-    assert not np.array_equal(answers["StoT"], answers["TtoS"])
-    assert len(np.unique(answers["labels"].reshape(-1, 3), axis=0)) <= 3
+        G = list(parts(trained / "pixel/last.pt")[name].values())
+        y = resnet_generator(G, x, 1, False)[0][0]
+        made = np.asarray(Image.open(tmp_path / direction / "p.png")).astype(int)
+        assert np.abs(made - ((y + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 1
+    for stage, name in (("source", "f_S"), ("task", "f_T")):
+        run("--translate", tmp_path / "p.png", "--weights", trained / stage / "last.pt", "--out",
+            tmp_path / stage)
+        f = parts(trained / stage / "last.pt")[name]
+        y = cycada.colours(small_fcn(f, x, False).argmax(1), 3)[0]    # 36 pixels: --task-load
+        made = np.asarray(Image.open(tmp_path / stage / "p.png")).astype(int)
+        same = np.abs(made - ((y + 1) * 127.5).permute(1, 2, 0).numpy()).max(2) <= 1
+        assert same.mean() > 0.99                                     # but for ties
 
 
-def test_evaluate_prints_the_table_of_the_run(trained, folder, capsys):
-    capsys.readouterr()
-    run("--evaluate", "--weights", trained / "last.pt", "--data", folder, "--device", "cpu")
-    said = capsys.readouterr().out
-    assert (trained / "table.txt").read_text() in said and "mIoU: " in said
+def test_evaluate_prints_the_row_of_the_run(trained, folder, capsys):
     for kind in ("img", "label"):
         (folder / f"test_{kind}").rename(folder / f"val_{kind}")
-    run("--evaluate", "--weights", trained / "last.pt", "--data", folder, "--device", "cpu",
+    run("--evaluate", "--weights", trained / "task/last.pt", "--data", folder, "--device", "cpu",
         "--split", "val")
-    assert (trained / "table.txt").read_text() in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for score in result(trained / "task")["scores"]:
+        assert re.search(rf"^{score['name']}: {score['value']:.4g} ", said, re.MULTILINE)
 
 
 RANK = """
-import os, sys, torch, common, cycada
+import sys, torch, common, cycada
 save = common.Run.save
 def keep(run):
     save(run)
@@ -709,88 +918,95 @@ cycada.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_two_processes_agree(folder, tmp_path):
-    """torchrun: all stages end with the same weights on both, translations and table are there."""
-    flags = ["--data", str(folder), *TINY, *STEPS, "--feature-adaptation", "--feature-gate", "0"]
+    """torchrun: all stages end with the same weights on both, all pictures are translated."""
     (tmp_path / "ranks.py").write_text(RANK)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(tmp_path / "ranks.py"), *flags, "--out",
-                           str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(tmp_path / "ranks.py"), "--data", str(folder), *TINY, *STEPS, *EVERY, "--out",
+         str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "two/translated").iterdir())) == 4
-    assert done.stdout.count("worst classes of CyCADA:") == 1
-    seen = set()
-    for stage in ("source", "pixel", "target", "oracle", "feature"):
+    assert done.stdout.count("beside all others") == 1
+    start, seen = cycada.build(tiny_args(), CPU), set()
+    for stage in EVERY[1:]:
         first, second = (torch.load(tmp_path / f"two/{stage}/rank{rank}.pt") for rank in range(2))
         for name in first:
             for key, value in first[name].items():
                 if "running" not in key and key not in ("accuracies", "seen"):
                     assert torch.equal(value, second[name][key]), (stage, name, key)
             seen.add(name)
-    assert {"f", "G_ST", "G_TS", "D_S", "D_T", "f_T", "D_feat"} <= seen
+            if name in NETS:  # and they have learnt at all
+                assert not torch.equal(next(iter(first[name].values())),
+                                       next(getattr(start, name).parameters()))
+    assert seen == {*NETS, "f_S", "f_T", "D_feat"}
+
+
+@pytest.mark.slow
+def test_compile_does_not_compile_anew_at_every_step():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    args = tiny_args("--compile")
+    nets = cycada.build(args, CPU)
+    x = noise(2, 3, 32, 32, dtype=torch.float32)
+    graphs = []
+    for step in range(4):
+        cycada.train_step(nets, x, x, args, rng(step))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[2] == graphs[3]
 
 
 def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
-    line = run_fails(capsys, "--data", tmp_path / "nowhere")
+    def fails(*flags):
+        return error_of(capsys, cycada.main, *flags)
+    line = fails("--data", tmp_path / "nowhere")
     assert "nowhere" in line and "source_img" in line
     (tmp_path / "empty").mkdir()
-    line = run_fails(capsys, "--data", tmp_path / "empty", *TINY)
-    assert "no source picture" in line and "test_label" in line
-    assert "begins with x" in run_fails(capsys, "--data", folder, *TINY, "--source-names", "x",
-                                        "--target-names", "y")
+    line = fails("--data", tmp_path / "empty", *TINY)
+    assert "no source_img/" in line and "test_label" in line
     for flags, words in (
             (["--size", 34], "--size 34"), (["--task-size", 99], "--task-size 99"),
-            (["--task-steps", 0], "--task-steps 0"), (["--pool", -1], "--pool -1"),
-            (["--label-ids", 1, 2], "2 ids for the 3 classes"),
-            (["--source-names", "a"], "belong together"),
-            (["--source-names", "a", "--target-names", "b", "--split", "val"], "--split val")):
-        assert words in run_fails(capsys, "--data", folder, *TINY, *flags)
+            (["--task-steps", 0], "--task-steps 0"), (["--d-layers", 0], "--d-layers 0"),
+            (["--classes", "a=x"], "x is no id"), (["--classes", "a=70000"], "70000 is no id")):
+        assert words in fails("--data", folder, *TINY, *flags)
     picture = folder / "source_img/0.png"
-    assert "--weights" in run_fails(capsys, "--translate", picture)
-    assert "one folder up" in run_fails(capsys, "--translate", picture, "--weights",
-                                        trained / "pixel/last.pt")
+    assert "--weights" in fails("--translate", picture)
     torch.save({"x": 1}, tmp_path / "other.pt")
-    assert "not a checkpoint" in run_fails(capsys, "--translate", picture, "--weights",
-                                           tmp_path / "other.pt")
-    assert "does not fit" in run_fails(capsys, "--translate", picture, "--ngf", 8, "--weights",
-                                       trained / "last.pt")
-    assert "last.pt" in run_fails(capsys, "--data", folder, *TINY, "--resume", "--out",
-                                  tmp_path / "none")
+    assert "not a checkpoint" in fails("--translate", picture, "--weights", tmp_path / "other.pt")
+    assert "not of pixel" in fails("--evaluate", "--weights", trained / "pixel/last.pt", "--data",
+                                   folder)
+    assert "last.pt" in fails("--data", folder, *TINY, "--resume", "--out", tmp_path / "none")
 
 
 def test_bad_data_is_named_before_training(folder, tmp_path, capsys):
-    out = ["--data", folder, *TINY, *STEPS, "--out", tmp_path / "run"]
+    def fails():
+        return error_of(capsys, cycada.main, "--data", folder, *TINY, *STEPS, "--out",
+                        tmp_path / "run")
     label = folder / "source_label/1.png"
-    good = label.read_bytes()
-    ids = np.array(Image.open(label))
+    good, ids = label.read_bytes(), np.array(Image.open(label))
     Image.fromarray(np.where(ids == 2, 9, ids).astype(np.uint8)).save(label)
-    line = run_fails(capsys, *out)
-    assert "source_label/1.png" in line and "[9]" in line and "--label-ids" in line
+    line = fails()
+    assert "source_label/1.png" in line and "[9]" in line and "name=id" in line
     Image.fromarray(ids).convert("RGB").save(label)
-    assert "one channel" in run_fails(capsys, *out)
+    assert "one channel" in fails()
     label.write_bytes(good[:len(good) // 2])
-    assert "1.png" in run_fails(capsys, *out)
+    assert "1.png" in fails()
     label.unlink()
-    line = run_fails(capsys, *out)
+    line = fails()
     assert "source_img/1.png" in line and "no label map" in line
     assert not (tmp_path / "run").exists()
 
 
-# ---- learning -------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_learns_the_toy_world(tmp_path, monkeypatch):
-    """A fraction of the toy run, at 32x32: CyCADA is well above source only and the trivial
-    answer, and the oracle above CyCADA."""
-    toy.draw("synthetic2real", tmp_path / "toy", n=60, size=32, n_test=12)
-    monkeypatch.setattr(cycada, "data_folder", lambda args: tmp_path / "toy")
-    run("--steps", 200, "--task-steps", 60, "--blocks", 2, "--out", tmp_path / "run",
-        "--device", "cpu", "--size", 32, "--load", 32, "--task-size", 32, "--task-load", 32,
-        "--sample-every", 1000)
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    scores = {s["name"]: s for s in result["scores"]}
-    accuracy = scores["pixel acc."]
+    """The default run, on validation scenes: source only is right for half of the pixels, CyCADA
+    closes most of the way from there to the oracle."""
+    folder = toy.ensure("synthetic2real", 64, root=tmp_path)
+    monkeypatch.setattr(cycada, "data_folder", lambda args: folder)
+    run("--out", tmp_path / "run", "--device", "cpu", "--split", "val")
+    mIoU, _, accuracy, *_ = result(tmp_path / "run")["scores"]
+    assert 45 < accuracy["trivial"]["source only"] < 65
+    low, high = mIoU["trivial"]["source only"], mIoU["trivial"]["oracle"]
+    assert mIoU["value"] > low + 0.5 * (high - low)
     assert accuracy["value"] > accuracy["trivial"]["source only"] + 10
-    assert accuracy["value"] > accuracy["trivial"]["most frequent class"] + 10
-    assert accuracy["trivial"]["oracle"] > accuracy["value"]

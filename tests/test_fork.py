@@ -22,7 +22,7 @@ FORKS = {
     "cyclegan": ("unpaired", "--size 32 --load 36 --ngf 4 --ndf 4 --blocks 2", "testA", []),
     "cycada": ("adaptation", "--size 32 --load 40 --ngf 4 --ndf 4 --blocks 1 --task-model small "
                "--task-weights random --task-load 36 --task-size 32 --task-batch 2 --task-steps 2 "
-               "--feature-steps 2 --class-names sky road car", "test_img", []),
+               "--feature-steps 2 --classes sky road car", "test_img", []),
     "spade": ("labelled", "--size 32 --load 36 --ngf 4 --ndf 4 --hidden 6 --z 5 "
               "--labels 4 --batch 2 --lambda-vgg 0", "test_label", []),
     "pix2pixsc": ("labelled", "--size 32 --ngf 2 --ndf 2 --blocks 1 --downs 2 --batch 2 --labels 4 "
@@ -99,7 +99,7 @@ def test_fork(script, tmp_path):
     assert sorted(f.name for f in fork.iterdir()) == sorted(["common.py", f"{script}.py"])
 
     flags = ["--data", data, *tiny.split(), *ALL, "--out", "run"]
-    stages = ["--stages", "source", "pixel", "target"] if script == "cycada" else []
+    stages = ["--stage", "source", "pixel", "task"] if script == "cycada" else []
     succeeds(*flags, "--steps", 2, *stages[:2])
     succeeds(*flags, "--steps", 3, *stages, "--resume")
     saved = list((fork / "run").rglob("last.pt"))

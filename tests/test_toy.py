@@ -32,8 +32,9 @@ def folders(kinds, held_out=(), form="{split}{kind}"):
 
 DATASETS = {  # all but clips and the single pair
     "horse2zebra": folders("AB"), "day2night": folders("AB"),
-    "synthetic2real": {f"{split}_{kind}": split in HELD_OUT for kind in ("img", "label")
-                       for split in ("source", "target", *HELD_OUT)},
+    **dict.fromkeys(("synthetic2real", "synthetic2real_wide"), {
+        f"{split}_{kind}": split in HELD_OUT for kind in ("img", "label")
+        for split in ("source", "target", *HELD_OUT)}),
     "scenes": folders(("_img", "_label", "_inst"), [f"_styles/{s}" for s in toy.SCENE_STYLES]),
     "sketches": folders(("_sketch", "_img", "_mask"), ("_truth", "_part")),
     "textures": folders([""], ["_truth"]),

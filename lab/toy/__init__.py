@@ -7,7 +7,7 @@ settings are chosen on val, reported on test.
     DATA SET            FOR              FOLDERS, WHERE X IS train, val, test
     horse2zebra         CycleGAN, CUT    XA plain coats, XB stripes
     horse2zebra_single  SinCUT           the same, one picture each
-    synthetic2real      CyCADA           source_*, target_*, val_*, test_*: img, label
+    synthetic2real      CyCADA           source_*, target_*, val_*, test_*: img, label; also _wide
     scenes              SPADE            X_img X_label X_inst; test_styles/STYLE, val_styles/STYLE
     clips               pix2pixSC        X_img/CLIP X_label/CLIP
     sketches            SEGIN            X_sketch X_img X_mask; test_truth test_part, val_*
@@ -21,6 +21,7 @@ Each is a module that draws it and scores answers; world.py is what they share: 
     python -m lab.toy horse2zebra --out DIR --n 400 --size 64 --seed 0  # then see DIR/contact.png
     folder = toy.ensure("horse2zebra", 64)                              # drawn once, then reused
 """
+from functools import partial
 from pathlib import Path
 
 from . import (
@@ -56,9 +57,11 @@ __all__ = ["CLASSES", "CLIP_FRAMES", "COATS", "DATASETS", "DEFAULT_N", "DEFAULT_
 # clips) per domain, n_test: those of val and of test, which has a default.
 DATASETS = {"horse2zebra": horse2zebra.draw, "horse2zebra_single": horse2zebra.draw_single,
             "synthetic2real": synthetic2real.draw, "scenes": scenes.draw, "clips": clips.draw,
+            "synthetic2real_wide": partial(synthetic2real.draw, gap=1.0),
             "sketches": sketches.draw, "day2night": day2night.draw, "textures": textures.draw,
             "digits_single": digits.draw_single, "digits_multiple": digits.draw_multiple}
 DEFAULT_N = {"horse2zebra": 400, "horse2zebra_single": 1, "synthetic2real": 300, "scenes": 600,
+             "synthetic2real_wide": 300,
              "clips": 40, "sketches": 400, "day2night": 400, "textures": 800,
              "digits_single": 2000, "digits_multiple": 600}
 DEFAULT_SIZE = dict.fromkeys(DATASETS, 64) | {"horse2zebra_single": 256, "digits_single": 28,

@@ -1,10 +1,14 @@
 """synthetic2real: computer graphics with label maps, and what a camera sees; for CyCADA.
 
-    source_img/0000  flat, saturated: one colour per class,  source_label/0000  its classes
-                     two levels of light, hard edges
+    source_img/0000  flat: one colour per class, two levels  source_label/0000  its classes
+                     of light, hard edges
     target_img/0000  another scene of the same world in the  target_label/0000  its classes, never
-                     evening: tinted, rough, noisy                              shown to the method
+                     evening: rough, noisy                                      shown to the method
     val_*, test_*    more of the target
+
+The gap between them is a number: 0 gives the graphics the evening's mean colours, 1 saturated ones,
+and tints the camera's pictures all the more. At 1 (synthetic2real_wide) what is learnt from the
+graphics is worse than a constant answer; at GAP it is right for half of the pixels.
 
 Labels are palette PNGs of indices into CLASSES. They are the truth: a segmenter trained on adapted
 source pictures is scored on the labels of test_img.
@@ -18,9 +22,13 @@ from .disk import contact_sheet
 from .world import LABELS, paint, render, sample_scene, supersample
 
 CLASSES = ("sky", "hill", "ground", "trunk", "leaves", "grass", "animal")  # of the label maps
-# Per class: its one colour in computer graphics; how rough its surface is before a camera.
+# Per class: its one colour in computer graphics at gap 1, and at gap 0; how rough its surface is
+# before a camera.
 FLAT = ((110, 190, 255), (160, 140, 220), (120, 205, 95), (120, 70, 30), (25, 130, 60),
         (240, 230, 80), (235, 110, 90))
+NATURAL = ((202, 177, 143), (201, 163, 98), (170, 137, 70), (107, 80, 53), (86, 85, 45),
+           (209, 174, 112), (111, 73, 47))  # what a class looks like under a low sun, on average
+GAP = 0.125
 ROUGH = (0.02, 0.06, 0.12, 0.12, 0.26, 0.06, 0.06)
 EVENING = ((0.94, 0.12, 0.02), (0.04, 0.66, 0.04), (0.10, 0.04, 0.62))  # red, green, blue of RGB
 STRAW = (250, 236, 190)
@@ -34,21 +42,22 @@ def class_map(canvas, size):
     return np.argmax([np.asarray(s.reduce(canvas.size // size)) for s in sheets], axis=0)
 
 
-def render_graphics(scene, size, rng):
+def render_graphics(scene, size, rng, gap=GAP):
     """The scene as cheap computer graphics: an RGB picture (size, size), and its label map.
 
-    One saturated colour per class, a little different in every scene, two levels of light, no
+    One colour per class, a little different in every scene, two levels of light, no
     texture, hard edges.
     """
     canvas = paint(scene, size * supersample(size), "plain")
     label = class_map(canvas, size)
-    flat = np.array(FLAT) * rng.uniform(0.9, 1.1, (len(FLAT), 1)) + rng.normal(0, 6, (len(FLAT), 3))
+    flat = np.array(NATURAL) + gap * (np.array(FLAT) - NATURAL)
+    flat = flat * rng.uniform(0.9, 1.1, (len(FLAT), 1)) + rng.normal(0, 6, (len(FLAT), 3))
     sunlit = np.asarray(canvas.light.reduce(canvas.size // size)) > 100
     picture = flat[label] * np.where(sunlit, 1.0, 0.75)[..., None]
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
 
 
-def render_camera(scene, size, rng):
+def render_camera(scene, size, rng, gap=GAP):
     """The scene as a camera sees it in the evening: an RGB picture (size, size), and its label map.
 
     Natural colours under a low sun, surfaces with texture, everything tinted; then what the camera
@@ -59,7 +68,8 @@ def render_camera(scene, size, rng):
     grain = sum(np.asarray(Image.fromarray(rng.normal(0, 1, (n, n)).astype(np.float32)).resize(
         (size, size), Image.Resampling.BICUBIC)) for n in (size, size // 3))
     picture = np.asarray(render(scene, size)) * (1 + np.array(ROUGH)[label] * grain)[..., None]
-    picture = picture @ (np.array(EVENING).T * rng.uniform(0.85, 1.05))
+    evening = np.eye(3) + gap * (np.array(EVENING) - np.eye(3))
+    picture = picture @ (evening.T * rng.uniform(0.85, 1.05))
     picture = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(size / 150))).astype(float)
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
@@ -67,7 +77,7 @@ def render_camera(scene, size, rng):
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), label
 
 
-def draw(folder, n, size, seed, n_test=60):
+def draw(folder, n, size, seed, n_test=60, gap=GAP):
     """Fill `folder` with `n` labelled pictures of the source, `n` of the target, `n_test` to choose
     presets on (val) and `n_test` to score.
 
@@ -83,7 +93,7 @@ def draw(folder, n, size, seed, n_test=60):
             scene = sample_scene(rng)  # with high and pale grass: it must be seen at all
             scene = replace(scene, tufts=tuple(replace(t, height=2 * t.height, colour=STRAW)
                                                for t in scene.tufts))
-            picture, label = render_it(scene, size, rng)
+            picture, label = render_it(scene, size, rng, gap)
             label = Image.fromarray(label.astype(np.uint8))
             label.putpalette(np.array(FLAT, dtype=np.uint8).tobytes())
             picture.save(folder / f"{split}_img" / f"{i:04d}.png")
