@@ -8,7 +8,6 @@ figure is written beside FILE, or into DIR. What there is, and which figure of t
 
     cut similarity      Fig. 3.27: where does a patch of G(x) find itself in x?
     cut coats           Fig. 3.28: the coats' grey levels in x, G(x) and y (toy data)
-    cycada labels       Fig. 3.33: the labels that Eq. (3.13) asks for, and the true ones
     spade uniform       Fig. 2.3: maps of one label, which normalisation washes away
     spade matrix        Fig. 2.1, 2.9: label maps in rows, styles in columns
     pix2pixsc matrix    Figs. 12, 14, 16: label maps in rows, exemplars in columns
@@ -154,36 +153,6 @@ def cut_coats(args, bins=16, side=160):
             draw.rectangle((left + i * width, 30 + side * (1 - part / top), left + (i + 1) * width,
                             30 + side), (level,) * 3, "black")
     save(args, "coats", sheet.save)
-
-
-# ---- CyCADA --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def cycada_labels(args):
-    """x_t, what f_S reads in it, G_TS(x_t), in which f_S shall read the same, what it does read
-    there; what the task models of later stages read in x_t, and the truth. Prints the scores of
-    f_S: if they are low, Eq. (3.13) asks for errors.
-
-    --weights: the last.pt of stage pixel; those of the other stages lie beside it.
-    """
-    import cycada
-
-    device = common.pick_device(args.device)
-    if args.weights is None:
-        raise UserError("--weights FILE is needed: a last.pt of stage pixel")
-    last, data = Path(args.weights), cycada.load_data(args)
-    stages = {stage: last.parent.parent / stage / "last.pt" for stage in cycada.STAGES}
-    f_S = cycada.network(stages["source"], "f_S", args, device)
-    nets = {stage: cycada.network(stages[stage], "f_T", args, device)
-            for stage in ("task", "feature", "oracle") if stages[stage].exists()}
-    columns = cycada.label_columns(nets, data, args, device)
-    x_t = columns.pop("x_t").to(device)
-    x_ts = cycada.translate(cycada.network(last, "G_TS", args, device), x_t, args)
-    read = [cycada.colours(cycada.segment(f_S, x, args), len(args.classes)) for x in (x_t, x_ts)]
-    save(args, "labels", {"x_t": x_t, "p(f_S, x_t)": read[0], "G_TS(x_t)": x_ts,
-                          "f_S there": read[1]} | columns)
-    common.print_scores(cycada.row_of_table(f_S, data["test"], args, device)[:3])
 
 
 # ---- SPADE ---------------------------------------------------------------------------------------
@@ -491,7 +460,6 @@ def egscit_embedding(args, side=360):
 FIGURES = {  # (script, figure): function of that script's flags
     ("cut", "similarity"): cut_similarity,
     ("cut", "coats"): cut_coats,
-    ("cycada", "labels"): cycada_labels,
     ("spade", "uniform"): spade_uniform,
     ("spade", "matrix"): spade_matrix,
     ("pix2pixsc", "matrix"): pix2pixsc_matrix,

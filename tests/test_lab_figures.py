@@ -8,7 +8,6 @@ from PIL import Image
 
 import common
 import cut
-import cycada
 import egscit
 import segin
 import swapae
@@ -130,20 +129,6 @@ def test_cut_coats(tmp_path, monkeypatch):
     differences = [int(t.split(" by ")[1].rstrip("%")) for t in texts]
     assert [t[0] for t in texts] == ["x", "G", "y"]
     assert differences[2] == 0 < differences[0] <= 100 and 0 < differences[1] <= 100
-
-
-def test_cycada_labels(tmp_path, capsys):
-    toy.draw("synthetic2real", tmp_path / "toy", n=4, size=32, n_test=3)
-    flags = [*SHARED, "--load", "32", "--ngf", "4", "--ndf", "4", "--blocks", "1", "--task-model",
-             "small", "--task-weights", "random", "--task-load", "32", "--task-steps", "1",
-             "--data", str(tmp_path / "toy"), "--classes", *toy.CLASSES]
-    cycada.main([*flags, "--steps", "1", "--stage", "source", "pixel", "--out",
-                 str(tmp_path / "run")])
-    capsys.readouterr()
-    draw("cycada", "labels", "--weights", tmp_path / "run/pixel/last.pt", "--data",
-         tmp_path / "toy", "--out", tmp_path)
-    assert columns_of(tmp_path / "labels.png") == 5
-    assert "most frequent class" in capsys.readouterr().out
 
 
 def test_segin_match(drawn, tmp_path, capsys):
