@@ -44,9 +44,9 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
 USAGE        python cut.py                                    # toy world, scores at the end
              python cut.py --data horse2zebra [--mode fastcut]
              python cut.py --translate photo.jpg --weights runs/cut-horse2zebra/last.pt
-EXPECT       python cut.py: 8 minutes of one slow core (seed 0, 40 test scenes): stripe direction
-             error 0.35 (no direction at all 0.61, a checkerboard 0.79), coat error 21 (copying the
-             input 59), background error 21 (mean colour 41): a dotted tint is left.
+EXPECT       python cut.py: 6 to 8 minutes of one slow core (3 seeds, 40 test scenes): stripe
+             direction error 0.35 (no direction at all 0.61, a checkerboard 0.79), coat error 25
+             (copying the input 59), background error 22 (mean colour 41): a dotted tint is left.
 """
 
 import argparse
