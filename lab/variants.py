@@ -36,10 +36,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-import torch._dynamo  # noqa: F401
-import torchvision  # noqa: F401
-
 from common import UserError, entry
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +146,7 @@ def tested(log, tree, arguments):
     for name in [n for n in sys.modules if re.match(r"(common|lab|helpers)\b", n)]:
         del sys.modules[name]  # the tree's own are to be imported
     sys.path[:] = [str(tree)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]))
+    os._exit(sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]))
 
 
 def tried(script, test, changed, timeout=None):
@@ -183,6 +179,10 @@ def tried(script, test, changed, timeout=None):
 def faults(script, names=(), jobs=1):
     """Run each fault's test with it, print what came of that; the survivors' names. `UserError` if
     a test selects none or fails without a fault, or a fault does not apply or stops pytest."""
+    import pytest  # noqa: F401 (what every test needs, loaded once, for the forks)
+    import torch._dynamo  # noqa: F401
+    import torchvision  # noqa: F401
+
     chosen = {p.name: p for p in load(script) if p.kind == "fault"}
     if missing := set(names) - set(chosen):
         raise UserError(f"lab/rows/{script}.txt: no fault {', '.join(sorted(missing))}")
