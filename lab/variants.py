@@ -146,7 +146,8 @@ def tested(log, tree, arguments):
     for name in [n for n in sys.modules if re.match(r"(common|lab|helpers)\b", n)]:
         del sys.modules[name]  # the tree's own are to be imported
     sys.path[:] = [str(tree)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-    os._exit(sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]))
+    os._exit(sys.modules["pytest"].main(
+        ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]))
 
 
 def tried(script, test, changed, timeout=None):
