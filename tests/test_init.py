@@ -766,18 +766,3 @@ def test_user_errors_are_one_line(trained, tmp_path, capsys):
 
 
 # ---- learning -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_learns_the_toy_world(tmp_path, monkeypatch):
-    """The default run, on validation scenes: objects and background are nearer to the truth than
-    the best trivial answer's, no adversary is dead, and E^s reads what G painted."""
-    folder = toy.ensure("day2night", 48, root=tmp_path)
-    monkeypatch.setattr(init, "data_folder", lambda args: folder)
-    run("--out", tmp_path / "run", "--device", "cpu", "--split", "val")
-    objects, background = json.loads((tmp_path / "run/result.json").read_text())["scores"][:2]
-    assert objects["value"] < 0.85 * min(objects["trivial"].values())
-    assert background["value"] < 0.95 * min(background["trivial"].values())
-    rows = [line.split(",") for line in (tmp_path / "run/log.csv").read_text().splitlines()]
-    last = dict(zip(rows[0], map(float, rows[-1]), strict=True))
-    assert last["L_sg"] < 0.8 and last["L_D_g"] < 1.6

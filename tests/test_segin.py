@@ -773,15 +773,3 @@ def test_bad_partners_are_named(tmp_path, capsys, monkeypatch):
 
 
 # ---- learning -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_learns_the_toy_world(tmp_path, monkeypatch):
-    """The default run, on validation scenes, beats every trivial answer by its first score."""
-    folder = toy.ensure("sketches", 64, root=tmp_path)
-    monkeypatch.setattr(segin, "data_folder", lambda args: folder)
-    run("--out", tmp_path / "run", "--device", "cpu", "--split", "val")
-    parts, colour, picture, *_ = json.loads((tmp_path / "run/result.json").read_text())["scores"]
-    assert parts["value"] > max(parts["trivial"].values())
-    for score in (colour, picture):
-        assert score["value"] < min(score["trivial"].values())
