@@ -613,8 +613,7 @@ def saved_flags(p, config, source, own):
     found = {}
     for action in p._actions:
         value, path = config.get(action.dest), action.metavar in ("FILE", "PATH", "FOLDER", "DIR")
-        if action.dest in fixed or value is None or (path and not own) or (
-                action.dest == "data" and not own and Path(str(value)).name != value):
+        if action.dest in fixed or value is None or (path and not own):
             continue
         words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):

@@ -1,5 +1,7 @@
 """lab/figures.py: every teaching figure is drawn from a small run, and shows what it says."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_principal_axes_come_in_order_and_fill_the_range():
 
 
 def test_every_figure_is_documented_and_tested():
-    text = open(__file__, encoding="utf-8").read()
+    text = "".join(f.read_text(encoding="utf-8") for f in Path(__file__).parent.glob("test_*.py"))
     for script, figure in figures.FIGURES:
         assert f"    {script} {figure} " in figures.__doc__
         assert f'"{figure}"' in text
