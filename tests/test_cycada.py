@@ -455,10 +455,13 @@ def test_pixel_step_is_the_objective(B, flags):
     """Eq. (3.11) to (3.14): losses and all gradients in float64; two weights, none like another."""
     args = tiny_args("--lambda-cyc", "7", *flags)
     nets = lively(cycada.build(args, CPU))
+    x_s, x_t, old_S, old_T = (noise(B, 3, 32, 40) for _ in range(4))
     if args.lambda_sem:
         lively_f(nets.f_S)
+        with torch.no_grad():  # no class is preferred: the labels differ from place to place
+            nets.f_S.scores[0].bias -= nets.f_S(x_t).mean((0, 2, 3))
+            assert len(nets.f_S(x_t).argmax(1).unique()) > 1
         before = {k: v.clone() for k, v in nets.f_S.state_dict().items()}
-    x_s, x_t, old_S, old_T = (noise(B, 3, 32, 40) for _ in range(4))
     nets.pool_S.exchange, nets.pool_T.exchange = (lambda x, rng: old_S), (lambda x, rng: old_T)
     expected, grad_G, grad_D = naive_step(nets, x_s, x_t, args, old_S, old_T)
     losses = cycada.train_step(nets, x_s, x_t, args, rng())
