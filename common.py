@@ -211,14 +211,15 @@ SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 GREY = None  # --range: black and white of pictures with more than 8 bits of grey
-SAID = set()
+SAID = {}
 UNPAIRED = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
 
 
-def remark(kind, text):
-    """Print a text, unless one of its kind was printed before."""
-    if kind not in SAID:
-        SAID.add(kind)
+def remark(kind, text, most=1):
+    """Print a text once, and no more than `most` of its kind."""
+    said = SAID.setdefault(kind, set())
+    if text not in said and len(said) < most:
+        said.add(text)
         print(text, file=sys.stderr)
 
 
@@ -252,7 +253,7 @@ def open_rgb(path):
         grey = np.nan_to_num((grey - black) / (white - black) * 255).clip(0, 255).round()
         if len(np.unique(grey)) < 64 or ((grey > 0) & (grey < 255)).mean() < 0.5:
             remark("grey", f"{path}: values from {low:g} to {high:g}, of which {black:g} is shown "
-                           f"black and {white:g} white; --range LOW HIGH sets that for all")
+                           f"black and {white:g} white; --range LOW HIGH sets that for all", most=5)
         im = Image.fromarray(grey.astype(np.uint8))
     if im.has_transparency_data:
         im = im.convert("RGBA")

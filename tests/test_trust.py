@@ -26,7 +26,7 @@ from common import UserError
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
-    monkeypatch.setattr(common, "SAID", set())
+    monkeypatch.setattr(common, "SAID", {})
     monkeypatch.setattr(common, "GREY", None)
 
 
