@@ -408,7 +408,7 @@ def write_whole(path, content):
         scratch.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "wb") as f:
             if isinstance(content, str):
-                f.write(content.encode())
+                f.write(content.encode(errors="surrogateescape"))  # names of any bytes
             else:
                 content(f)
             f.flush()

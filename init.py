@@ -61,6 +61,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -374,14 +375,14 @@ def read_boxes(root, files):
     """
     path, found = Path(root) / "boxes.json", {}
     try:
-        table = dict(json.loads(path.read_text()))
+        table = dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; expected {BOXES}; --method munit needs none") from None
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); expected {BOXES}") from None
     for file in files:
-        key = Path(file).relative_to(root).as_posix()
-        key = key if key in table else Path(file).name
+        name = os.fsencode(Path(file).relative_to(root).as_posix()).decode(errors="replace")
+        key = name if name in table else Path(name).name  # UTF-8, whatever the locale is
         for entry in table.get(key, []):
             try:
                 x0, y0, x1, y1 = box = entry["box"]

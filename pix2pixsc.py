@@ -341,7 +341,7 @@ def read_groups(path):
     """{clip or picture: style group} of a file: lines 'NAME GROUP', or BDD100K's JSON, a list of
     {"name", "attributes": {"weather", "timeofday"}}, where '' is none (Tab. 7); `UserError`."""
     try:
-        text = Path(path).read_text() if path else ""
+        text = Path(path).read_text(encoding="utf-8-sig") if path else ""
         if path and path.endswith(".json"):
             rows = [(row["name"], row["attributes"]) for row in json.loads(text)]
             groups = {name: TAB_7.get((a["weather"], a["timeofday"]), "") for name, a in rows}

@@ -159,7 +159,7 @@ def draw(folder, n, size, seed, n_test=40):
 
 def inside_boxes(root, split):
     """(N, H, W): which pixels of a split's pictures lie in a box."""
-    table, inside = json.loads((Path(root) / "boxes.json").read_text()), []
+    table, inside = json.loads((Path(root) / "boxes.json").read_text(encoding="utf-8")), []
     for file in sorted(Path(root, f"{split}A").iterdir()):
         with Image.open(file) as im:
             inside.append(np.zeros((im.height, im.width), dtype=bool))
