@@ -507,6 +507,17 @@ def test_partners_and_masks_go_together(drawn):
         assert np.array_equal(y_seg[0].bool().numpy(), mask)
 
 
+def test_pairs_are_resized_bicubically(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), dtype=np.uint8)
+    files = [tmp_path / "x.png", tmp_path / "y.png"]
+    for picture, file in zip(noise, files, strict=True):
+        Image.fromarray(picture).save(file)
+    pair = segin.load_pair((*files, None), tiny_args())[:2]
+    for picture, tensor in zip(noise, pair, strict=True):
+        expected = Image.fromarray(picture).resize((32, 32), Image.BICUBIC)
+        assert torch.equal(tensor, common.to_tensor(expected))
+
+
 def test_side_by_side_pairs_are_the_same_data(drawn, side_by_side):
     one, other = (segin.Pairs(f, tiny_args()) for f in (drawn, side_by_side))
     for n in range(5):

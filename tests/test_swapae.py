@@ -617,6 +617,8 @@ def test_short_side_is_resized_then_cropped_and_mirrored(tmp_path):
     x = swapae.resized(tmp_path / "a.png", args)
     assert x.shape == (3, 32, 32)
     assert float(x[:, :, :14].mean()) < -0.9 and float(x[:, :, 18:].mean()) > 0.9  # the middle
+    scaled = Image.fromarray(rows).resize((80, 40), Image.BICUBIC).crop((24, 4, 56, 36))
+    assert torch.equal(x, common.to_tensor(scaled))
     drawn = [swapae.resized(tmp_path / "a.png", args, random.Random(i)) for i in range(40)]
     shares = {round(float((p > 0).float().mean()), 2) for p in drawn}
     assert {0.0, 1.0} <= shares and len(shares) > 4          # both ends of a landscape are seen
