@@ -1,6 +1,9 @@
 """What the tests of several scripts share."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +71,30 @@ def interrupted(script, train, step=2):
     finally:
         script.train_step = original
     assert len(calls) == step
+
+
+def two_processes(script, *flags):
+    """Run a script, ours or one of a test, under torchrun with two processes; returns its output.
+    """
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(root / script), *map(str, flags)], cwd=root, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_moved_alike(start, one, two, names, share):
+    """From the networks `start`, two runs' last.pt moved to the same place, but for rounding."""
+    one, two = (torch.load(path, weights_only=True)["parts"] for path in (one, two))
+    for net in names:
+        moved, apart = 0.0, 0.0
+        for key, was in getattr(start, net).state_dict().items():
+            if "bias" not in key:  # a bias before a norm gets rounding errors for a gradient
+                moved += float((one[net][key] - was).abs().sum())
+                apart += float((one[net][key] - two[net][key]).abs().sum())
+        assert moved > 0 and apart < share * moved, net
 
 
 def assert_same(a, b):

@@ -2,16 +2,21 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures
+from helpers import (
+    assert_moved_alike,
+    assert_same,
+    error_of,
+    interrupted,
+    noise_folder,
+    odd_pictures,
+    two_processes,
+)
 from PIL import Image
 from transcriptions import close, parameters, patchgan, resnet_generator
 
@@ -473,22 +478,10 @@ def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(folder, tmp_path):
     flags = ["--data", str(folder), *TINY, "--steps", "3", "--epochs", "1"]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", "cut.py", *flags, "--out", str(tmp_path / "two")],
-                         cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    two_processes("cut.py", *flags, "--out", tmp_path / "two")
     run(*flags, "--batch", 4, "--out", tmp_path / "one")
-    one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True)["parts"]
-                for n in ("one", "two"))
     start = cut.build(cut.get_args(flags), CPU)
-    for net in "GDH":
-        moved, apart = 0.0, 0.0
-        for key, was in getattr(start, net).state_dict().items():
-            if "bias" not in key:  # a bias before a norm gets rounding errors for a gradient
-                moved += float((one[net][key] - was).abs().sum())
-                apart += float((one[net][key] - two[net][key]).abs().sum())
-        assert moved > 0 and apart < 0.01 * moved, net
+    assert_moved_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt", "GDH", 0.01)
 
 
 # ---- translate and evaluate ---------------------------------------------------------------------

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import assert_same, error_of
+from helpers import assert_same, error_of, two_processes
 from PIL import Image
 from transcriptions import close, parameters, patchgan, resnet_generator
 
@@ -923,14 +921,10 @@ cycada.main(sys.argv[1:])
 def test_two_processes_agree(folder, tmp_path):
     """torchrun: all stages end with the same weights on both, all pictures are translated."""
     (tmp_path / "ranks.py").write_text(RANK)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "ranks.py"), "--data", str(folder), *TINY, *STEPS, *EVERY, "--out",
-         str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    printed = two_processes(tmp_path / "ranks.py", "--data", folder, *TINY, *STEPS, *EVERY, "--out",
+                            tmp_path / "two")
     assert len(list((tmp_path / "two/translated").iterdir())) == 4
-    assert done.stdout.count("beside all others") == 1
+    assert printed.count("beside all others") == 1
     start, seen = cycada.build(tiny_args(), CPU), set()
     for stage in EVERY[1:]:
         first, second = (torch.load(tmp_path / f"two/{stage}/rank{rank}.pt") for rank in range(2))

@@ -2,15 +2,20 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures
+from helpers import (
+    assert_moved_alike,
+    assert_same,
+    error_of,
+    interrupted,
+    noise_folder,
+    odd_pictures,
+    two_processes,
+)
 from PIL import Image
 from transcriptions import close, parameters, patchgan, resnet_generator
 
@@ -388,22 +393,10 @@ def test_resumed_run_is_bit_identical(folder, tmp_path, flags):
 def test_two_processes_equal_one_with_the_doubled_batch(folder, tmp_path):
     """With no buffer, since every process has its own."""
     flags = ["--data", str(folder), *TINY, "--pool", "0", "--steps", "3", "--epochs", "1"]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", "cyclegan.py", *flags, "--out",
-                          str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    two_processes("cyclegan.py", *flags, "--out", tmp_path / "two")
     run(*flags, "--batch", 4, "--out", tmp_path / "one")
-    one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True)["parts"]
-                for n in ("one", "two"))
     start = cyclegan.build(cyclegan.get_args(flags), CPU)
-    for net in NAMES:
-        moved, apart = 0.0, 0.0
-        for key, was in getattr(start, net).state_dict().items():
-            if "bias" not in key:  # a bias before a norm gets rounding errors for a gradient
-                moved += float((one[net][key] - was).abs().sum())
-                apart += float((one[net][key] - two[net][key]).abs().sum())
-        assert moved > 0 and apart < 0.01 * moved, net
+    assert_moved_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt", NAMES, 0.01)
 
 
 # ---- translate and evaluate -------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures
+from helpers import assert_same, error_of, interrupted, noise_folder, odd_pictures, two_processes
 from PIL import Image
 from transcriptions import close, instance_norm, parameters, reflect
 
@@ -622,10 +619,7 @@ def main():
                {str(tmp_path)!r} + "/" + os.environ["RANK"])
 common.entry(main)
 """)
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", str(tmp_path / "go.py"), *flags],
-                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    two_processes(tmp_path / "go.py", *flags)
     assert_same(*(torch.load(tmp_path / rank, weights_only=True) for rank in "01"))
 
 

@@ -3,10 +3,7 @@
 
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
-from helpers import assert_same, error_of, interrupted
+from helpers import assert_moved_alike, assert_same, error_of, interrupted, two_processes
 from PIL import Image
 from transcriptions import close, instance_norm, parameters, reflect
 
@@ -452,22 +449,10 @@ def test_compile_does_not_compile_anew_at_every_step():
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(noise_data, tmp_path):
     flags = ["--data", str(noise_data), *TINY, "--steps", "3", "--labels", "3", "--height", "28"]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", "pix2pixsc.py", *flags, "--out",
-                          str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    two_processes("pix2pixsc.py", *flags, "--out", tmp_path / "two")
     run(*flags, "--batch", 4, "--out", tmp_path / "one")
-    one, two = (torch.load(tmp_path / n / "last.pt", weights_only=True)["parts"]
-                for n in ("one", "two"))
     start = sc.build(sc.get_args(flags), CPU)
-    for net in NAMES:
-        moved, apart = 0.0, 0.0
-        for key, was in getattr(start, net).state_dict().items():
-            if "bias" not in key:  # a bias before a norm gets rounding errors for a gradient
-                moved += float((one[net][key] - was).abs().sum())
-                apart += float((one[net][key] - two[net][key]).abs().sum())
-        assert moved > 0 and apart < 0.02 * moved, net
+    assert_moved_alike(start, tmp_path / "one/last.pt", tmp_path / "two/last.pt", NAMES, 0.02)
 
 
 # ---- pairs ----------------------------------------------------------------------------------

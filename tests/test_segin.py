@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import assert_same, error_of, interrupted, odd_pictures
+from helpers import assert_same, error_of, interrupted, odd_pictures, two_processes
 from PIL import Image
 from transcriptions import close, parameters
 
@@ -659,12 +656,8 @@ def test_two_processes_hold_the_same_weights_and_see_different_pairs(drawn, tmp_
         "    return losses\n"
         "segin.train_step = spy\n"
         "common.entry(segin.main)\n")
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "go.py"), "--data", str(drawn), *TINY, "--steps", "2", "--out",
-         str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert two.returncode == 0, two.stderr
+    two_processes(tmp_path / "go.py", "--data", drawn, *TINY, "--steps", 2, "--out",
+                  tmp_path / "run")
     (x, weights), (other, weights_other) = (
         torch.load(tmp_path / rank, weights_only=False) for rank in "01")
     assert_same([[p.data for p in net] for net in weights],

@@ -1,10 +1,7 @@
 """swapae.py: every equation against a plain transcription, and the script as its users run it."""
 
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, error_of, interrupted, odd_pictures
+from helpers import assert_same, error_of, interrupted, odd_pictures, two_processes
 from PIL import Image
 from transcriptions import close, parameters
 
@@ -701,12 +698,7 @@ def test_two_processes_average_their_gradients(drawn, tmp_path):
         "swapae.Run.finish = keep\n"
         "swapae.main(sys.argv[1:-1])\n")
     flags = ["--data", str(drawn), *TINY, "--batch", "2", "--steps", "2"]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", str(tmp_path / "both.py"), *flags, "--out",
-                          str(tmp_path / "two"), str(tmp_path / "G")], cwd=ROOT,
-                         capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert two.returncode == 0, two.stderr
+    two_processes(tmp_path / "both.py", *flags, "--out", tmp_path / "two", tmp_path / "G")
     first, second = (torch.load(tmp_path / f"G{rank}", weights_only=True) for rank in "01")
     assert_same(dict(first), dict(second))
     run(*flags, "--out", tmp_path / "one")
