@@ -2,11 +2,12 @@
 
     python -m lab.tables                          # the tables, and what there is of them
     python -m lab.tables cut.fig3.24 [--seeds 0 1 2] [--jobs 2] [--device cpu] [--quick] [--again]
+    python -m lab.tables --write                  # docs/RESULTS.md and README's table of methods
 
 A row is a variant of a script (lab/rows), trained in runs/tables/NAME/ROW-SEED. A result that is in
 lab/results/NAME/ROW-SEED.json is not measured again, an interrupted run is continued. A claim is
 judged by the table's score: "shows" if every seed of the better row beats every seed of the other,
-"does not show" if the reverse, else "undecided".
+"does not show" if the reverse, else "undecided". SCRIPT.toy is the script's own toy preset.
 """
 
 import argparse
@@ -229,6 +230,8 @@ TABLES = {
                 ("INIT w/ Ds", "INIT w/o Ds", "a shared discriminator is better"),
                 ("INIT w/ Ds", "MUNIT, twice the steps", "objects are truer", "object error")]),
 }
+TABLES = {f"{script}.toy": Table(script, "the toy preset", [Row("default")], "") for script in [
+    *dict.fromkeys(table.script for table in TABLES.values()), "sincut"]} | TABLES
 
 
 def without_words(text):
@@ -411,7 +414,14 @@ def main(argv=None):
     p.add_argument("--device", help="as the scripts take it")
     p.add_argument("--quick", action="store_true", help="a tenth of the steps, kept in runs/")
     p.add_argument("--again", action="store_true", help="forget first what is there of these seeds")
+    p.add_argument("--write", action="store_true", help="the pages that are made of the results")
     args = p.parse_args(argv)
+    if args.write:
+        from lab import report  # which itself needs this module
+
+        for path, text in report.pages().items():
+            path.write_text(text, encoding="utf-8")
+        return None
     if args.name is None:
         return overview()
     series = Series(args.name, args.quick, args.device or pick_device().type)

@@ -61,12 +61,14 @@ def test_table_says_which_scripts_exist():
 
 
 def test_readme_is_short_and_its_links_and_pictures_are_there():
-    assert len(README.splitlines()) <= 160
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    assert len(README.splitlines()) <= 90
+    for name, text in DOCS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), f"{name}: {target}"
     pictures = [f for f in (ROOT / "docs").rglob("*") if f.suffix in (".png", ".jpg", ".webp")]
-    assert 0 < sum(f.stat().st_size for f in pictures) < 400_000
-    assert all(f"docs/pictures/{f.name}" in README for f in pictures)
+    assert 0 < sum(f.stat().st_size for f in pictures) < 600_000
+    assert all(any(f"pictures/{f.name}" in text for text in DOCS.values()) for f in pictures)
 
 
 def test_budgets():
@@ -74,7 +76,7 @@ def test_budgets():
     lines = {f.relative_to(ROOT).as_posix(): len(f.read_text(encoding="utf-8").splitlines())
              for pattern in ("*.py", "lab/*.py", "tests/*.py") for f in ROOT.glob(pattern)}
     assert lines["common.py"] <= 980
-    assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2500
+    assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2750
     for name in ("cut", "cyclegan", "sincut"):
         assert lines[f"tests/test_{name}.py"] <= lines[f"{name}.py"] * 1.1, name
 
@@ -101,9 +103,9 @@ def test_ci_runs_the_readmes_commands():
 
 
 def test_every_command_in_the_readme_parses():
-    assert {script for script, _ in commands(README)} <= set(SCRIPTS)
-    ours = [(s, flags) for s, flags in commands(README) if "--help" not in flags]
-    assert len(ours) >= 8
+    assert {script for script, _ in commands(README + DOCS["DATA.md"])} <= set(SCRIPTS)
+    ours = [(s, flags) for s, flags in commands(README + DOCS["DATA.md"]) if "--help" not in flags]
+    assert len(ours) >= 15
     for script, flags in ours:
         flags = [f for f in flags if f != "--resume"]
         if "--weights" in flags:  # the file is the reader's
