@@ -13,6 +13,7 @@ judged by the table's score: "shows" if every seed of the better row beats every
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -395,13 +396,23 @@ def markdown(series, seeds):
 
 
 def overview():
-    """The tables: rows, the seeds that are there, hours that they took."""
+    """The tables: rows, the seeds that are there, hours that they took and that the rest will, by
+    the toy run's time per step."""
+    def results(name):
+        return [json.loads(p.read_text()) for p in sorted(Series(name).results.glob("*.json"))]
+
     for name, table in TABLES.items():
-        results = [json.loads(p.read_text()) for p in sorted(Series(name).results.glob("*.json"))]
-        hours = sum(r["seconds"] for r in results) / 3600
-        print(f"{name}  {table.about}; {len(results)} results, {hours:.1f} hours")
+        found, toy = results(name), results(f"{table.script}.toy")
+        hours = sum(r["seconds"] for r in found) / 3600
+        print(f"{name}  {table.about}; {len(found)} results, {hours:.1f} hours", end="")
+        if toy and (left := 3 * len(table.rows) - len(found)) > 0:
+            whole = min(r["seconds"] for r in toy) / 3600
+            steps = dict(itertools.pairwise(table.flags)).get("--steps", toy[0]["steps"])
+            print(f"; {left} of three seeds are left, about "
+                  f"{left * whole * int(steps) / toy[0]['steps']:.1f} hours", end="")
+        print()
         for row in table.rows:
-            seeds = [str(r["seed"]) for r in results if r["row"] == row.label]
+            seeds = [str(r["seed"]) for r in found if r["row"] == row.label]
             print(f"    {row.label}: {'seeds ' + ' '.join(seeds) if seeds else 'not run'}")
 
 
