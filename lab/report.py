@@ -14,18 +14,23 @@ from common import UserError
 from lab import tables, variants
 
 ORDER = "cyclegan cut sincut spade pix2pixsc segin egscit init swapae cycada".split()
-METHODS = {  # script: (method, paper, the data it needs)
-    "cyclegan": ("CycleGAN", "Zhu, Park et al., ICCV 2017", "two unpaired folders"),
-    "cut": ("CUT, FastCUT", "Park et al., ECCV 2020", "two unpaired folders"),
-    "sincut": ("SinCUT", "the same", "two pictures"),
+METHODS = {  # script: (method, paper, the data it needs, what the toy run shows)
+    "cyclegan": ("CycleGAN", "Zhu, Park et al., ICCV 2017", "two unpaired folders",
+                 "horses become zebras, stripes follow the body; pale skies"),
+    "cut": ("CUT, FastCUT", "Park et al., ECCV 2020", "two unpaired folders",
+            "the same with one generator; dots in the ground"),
+    "sincut": ("SinCUT", "the same", "two pictures", ""),
     "spade": ("SPADE ([pix2pixHD++](lab/rows/pix2pixhd.py))", "Park et al., CVPR 2019",
-              "label maps and pictures"),
-    "pix2pixsc": ("pix2pixSC", "Wang et al., CVPR 2019", "clips with label maps"),
-    "segin": ("SEGIN", "Huang et al., 2019", "sketches and photos"),
-    "egscit": ("EGSC-IT", "Ma et al., ICLR 2019", "two unpaired folders"),
-    "init": ("INIT, MUNIT", "Shen et al., CVPR 2019", "two unpaired folders and boxes"),
-    "swapae": ("Swapping Autoencoder", "Park et al., NeurIPS 2020", "one folder"),
-    "cycada": ("CyCADA", "Hoffman et al., ICML 2018", "labelled source, unlabelled target"),
+              "label maps and pictures", "a label map painted in any picture's style"),
+    "pix2pixsc": ("pix2pixSC", "Wang et al., CVPR 2019", "clips with label maps",
+                  "blurred animals where the map has them"),
+    "segin": ("SEGIN", "Huang et al., 2019", "sketches and photos", ""),
+    "egscit": ("EGSC-IT", "Ma et al., ICLR 2019", "two unpaired folders", ""),
+    "init": ("INIT, MUNIT", "Shen et al., CVPR 2019", "two unpaired folders and boxes", ""),
+    "swapae": ("Swapping Autoencoder", "Park et al., NeurIPS 2020", "one folder",
+               "layouts stay, colours of figure and ground change; no motifs yet"),
+    "cycada": ("CyCADA", "Hoffman et al., ICML 2018", "labelled source, unlabelled target",
+               "graphics painted as photographs; better label maps of photographs"),
 }
 CEILINGS = ("oracle",)  # trained with what the method must do without
 
@@ -52,8 +57,8 @@ def against_painters(records):
 
 def methods(lines):
     """README's table; lines: {script: how many it has}."""
-    rows = ["| file | method | paper | data | lines | toy result, best painter | minutes |",
-            "|---" * 7 + "|"]
+    rows = ["| file | method | paper | data | what you see | lines | minutes | toy result; best "
+            "painter |", "|---" * 8 + "|"]
     for script in ORDER:
         found = measured(f"{script}.toy")
         said, minutes = "not run", ""
@@ -65,7 +70,7 @@ def methods(lines):
                     f"{painter} {other:.3g}")
             minutes = f"{min(r['seconds'] for r in records) / 60:.0f}"
         rows.append(f"| [{script}.py]({script}.py) | {' | '.join(METHODS[script])} | "
-                    f"{lines[script]} | {said} | {minutes} |")
+                    f"{lines[script]} | {minutes} | {said} |")
     return "\n".join(rows)
 
 
