@@ -19,7 +19,7 @@ METHODS = {  # script: (method, paper, the data it needs, what the toy run shows
                  "horses become zebras, stripes follow the body; pale skies"),
     "cut": ("CUT, FastCUT", "Park et al., ECCV 2020", "two unpaired folders",
             "the same with one generator; dots in the ground"),
-    "sincut": ("SinCUT", "the same", "two pictures", ""),
+    "sincut": ("SinCUT", "the same", "two pictures", "one horse wears one zebra's stripes"),
     "spade": ("SPADE ([pix2pixHD++](lab/rows/pix2pixhd.py))", "Park et al., CVPR 2019",
               "label maps and pictures", "a label map painted in any picture's style"),
     "pix2pixsc": ("pix2pixSC", "Wang et al., CVPR 2019", "clips with label maps",
