@@ -55,11 +55,11 @@ def save(args, name, draw):
 
 
 def mark(picture, points, h, w):
-    """A copy of a picture (3, H, W) with a red and a blue square at places of an h x w grid."""
+    """A copy of a picture (3, H, W), a red and a blue square at its places of an h x w grid."""
     picture = picture.clone()
     H, W = picture.shape[1:]
     half = max(1, H // 48)
-    for (r, c), colour in zip(points, ([1.0, -1, -1], [-1.0, -1, 1]), strict=True):
+    for (r, c), colour in zip(points, ([1.0, -1, -1], [-1.0, -1, 1]), strict=False):
         top, left = int((r + 0.5) * H / h), int((c + 0.5) * W / w)
         area = picture[:, max(0, top - half):top + half + 1, max(0, left - half):left + half + 1]
         area.copy_(torch.tensor(colour).view(3, 1, 1).expand_as(area))
@@ -94,9 +94,10 @@ def print_time(name, work, size, device):
 
 
 @torch.no_grad()
-def cut_similarity(args):
-    """G(x) and x with two queries; exp(v . v- / tau) of each to all places of x, over its maximum;
-    the features of x and of G(x) by their three principal components."""
+def cut_similarity(args, pictures=None, places=((0.5, 0.5), (0.2, 0.2))):
+    """G(x) and x with queries; exp(v . v- / tau) of each to all places of x, over its maximum; the
+    features of x and of G(x) by their three principal components. pictures: x (N, 3, H, W) if not
+    test pictures; places: one or two, (down, across) from 0 to 1."""
     import cut
 
     device = common.pick_device(args.device)
@@ -106,15 +107,17 @@ def cut_similarity(args):
     common.load_parts({"G": nets.G, "H": nets.H}, state["parts"], args.weights)
     layer, columns = min(args.nce_layers, key=lambda i: abs(i - 3)), {}  # residual block 1
     mlp = nets.H.mlps[args.nce_layers.index(layer)]
-    for x in common.test_pictures(cut.data_folder(args), args, device, limit=4)["x"].split(1):
+    if pictures is None:
+        pictures = common.test_pictures(cut.data_folder(args), args, device, limit=4)["x"]
+    for x in pictures.to(device).split(1):
         y_hat = cut.translate(nets.G, x, args)
         maps = [nets.G.encode(p)[layer] for p in (y_hat, x)]
         h, w = maps[0].shape[2:]
         q, k = (F.normalize(mlp(f[0].flatten(1).t()), dim=1) for f in maps)  # (h * w, 256)
-        points = [(h // 2, w // 2), (h // 5, w // 5)]                 # an animal's side, the sky
-        row = {"G(x), queries": mark(y_hat[0], points, h, w)[None],
-               "x": mark(x[0], points, h, w)[None]}
-        for name, (r, c) in zip(("similarity, red", "similarity, blue"), points, strict=True):
+        points = [(int(r * h), int(c * w)) for r, c in places]        # an animal's side, the sky
+        row = {name: mark(p[0], points, h, w)[None] for name, p in (("G(x), queries", y_hat),
+                                                                   ("x", x))}
+        for name, (r, c) in zip(("similarity, red", "similarity, blue"), points, strict=False):
             v = ((q[r * w + c] @ k.t()) / args.tau).exp()             # inside Eq. (3.6)
             row[name] = as_pictures((v / v.max()).view(1, 1, h, w), x.shape[2:])
         for name, pca in zip(("PCA of x", "PCA of G(x)"),
