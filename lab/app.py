@@ -66,7 +66,7 @@ def checkpoints(runs):
 def parsed(path, _):
     state = common.load_file(path)
     method = state.get("method") if isinstance(state, dict) else None
-    for name in () if method else ("swapae", "init", "spade", "sincut", "pix2pixsc", "cyclegan"):
+    for name in () if method else ("swapae", "init", "spade", "sincut", "cyclegan", "pix2pixsc"):
         flags = importlib.import_module(name).get_args([])
         with contextlib.suppress(UserError):
             if method is None:
@@ -379,6 +379,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if gr is None:
         raise UserError("lab.app needs gradio: pip install -r lab/requirements.txt")
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware as Hosts
+
     torch.hub.download_url_to_file = mock.Mock(side_effect=OSError("lab.app fetches nothing"))
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -387,7 +390,8 @@ def main(argv=None):
             max_file_size="20mb", footer_links=[], css_paths=Path(__file__).with_name("app.css"),
             head="<meta http-equiv=Content-Security-Policy content=\"default-src 'self' "
                  "'unsafe-inline' 'unsafe-eval' data: blob:\">",
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            app_kwargs={"middleware": [Middleware(Hosts, allowed_hosts=["127.0.0.1"])]})
 
 
 if __name__ == "__main__":
