@@ -309,7 +309,7 @@ def interface(runs):
         """A test picture or map, or an exemplar, was clicked."""
         item, image = (files[event.index] for files in samples(path))
         colours = palette(path) if "own" in METHODS[opened(path)[0].__name__][1] else None
-        if event.target is Is:
+        if event.target.elem_id == "Is":
             labels = colours and shown(item, colours)
             return [gr.skip(), gr.skip(), shown(image), labels, time.time()]
         now = board(common.open_ids(item), colours) if colours else region(shown(item))
