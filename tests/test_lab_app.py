@@ -326,7 +326,9 @@ class Page:
             except Exception as e:  # not there yet
                 error = e
             time.sleep(0.05)
-        pytest.fail(f"waited in vain ({error}); the server says: {Path(self.log).read_text()}")
+        self.driver.save_screenshot(str(Path(self.log).with_name("page.png")))
+        pytest.fail(f"waited in vain ({error}); the page says {self.said()!r}, the server: "
+                    f"{Path(self.log).read_text()}; see page.png beside {self.log}")
 
     def all(self, selector):
         return self.driver.find_elements("css selector", selector)
@@ -358,6 +360,11 @@ class Page:
         return np.asarray(Image.open(raw).convert("RGB")).astype(int)
 
     def choose(self, name):
+        """Choose a network, unless it is; its first picture is there when this returns."""
+        if self.one("#network input").get_attribute("value") != name:
+            self.change(lambda: self._choose(name))
+
+    def _choose(self, name):
         self.one("#network input").click()
         self.until(lambda: [o for o in self.all("[role=option]") if o.text.strip() == name])
         next(o for o in self.all("[role=option]") if o.text.strip() == name).click()
@@ -398,8 +405,11 @@ def browser():
 @pytest.fixture(scope="module")
 def shown(browser, runs, tmp_path_factory):
     shown = Page(runs / "runs", tmp_path_factory.mktemp("log") / "server.txt")
-    yield shown
-    shown.close()
+    try:
+        shown.until(shown.output)  # the first test picture is translated without being asked
+        yield shown
+    finally:
+        shown.close()
 
 
 @pytest.mark.slow
@@ -413,7 +423,7 @@ def test_without_runs_the_page_names_a_command(browser, tmp_path):
 
 @pytest.mark.slow
 def test_a_picture_is_translated_as_by_the_command(shown, runs, tmp_path):
-    shown.until(shown.output)  # the first test picture is translated without being asked
+    shown.choose("cut")
     x = tmp_path / "mine.png"
     rng = np.random.default_rng(3)
     Image.fromarray(rng.integers(0, 256, (45, 63, 4), dtype=np.uint8)).save(x)  # transparent
@@ -424,13 +434,14 @@ def test_a_picture_is_translated_as_by_the_command(shown, runs, tmp_path):
 
 @pytest.mark.slow
 def test_a_click_into_the_output_of_cut_draws_the_figure(shown):
-    shown.until(shown.output)
+    shown.choose("cut")
     shown.one("#out img").click()
     shown.until(lambda: shown.pixels("#match img").shape[1] > 5 * 48)  # five columns
 
 
 @pytest.mark.slow
 def test_a_text_file_named_jpg_gives_one_line(shown, tmp_path):
+    shown.choose("cut")
     (tmp_path / "fake.jpg").write_text("not a picture")
     shown.one("#x input[type=file]").send_keys(str(tmp_path / "fake.jpg"))
     line = shown.until(lambda: "fake.jpg" in shown.said() and shown.said())
@@ -440,8 +451,8 @@ def test_a_text_file_named_jpg_gives_one_line(shown, tmp_path):
 
 @pytest.mark.slow
 def test_a_stroke_changes_the_picture_where_it_is(shown, runs):
-    made, _ = shown.change(lambda: shown.choose("spade"))
-    file = runs / "maps/test_label/0.png"
+    shown.choose("spade")
+    made, file = shown.pixels(), runs / "maps/test_label/0.png"
     colours = {name: colour[:3] for _, name, colour in app.palette(weights(runs, "spade"))}
     assert np.array_equal(shown.map(), np.asarray(app.shown(
         file, app.palette(weights(runs, "spade"))).convert("RGB")))
@@ -477,6 +488,7 @@ def test_a_stroke_changes_the_picture_where_it_is(shown, runs):
 def test_a_slider_changes_the_style(shown):
     from selenium.webdriver import Keys
 
+    shown.choose("spade")
     made = shown.pixels()
     slider = shown.one("#seed input[type=range]")
     after, _ = shown.change(lambda: slider.send_keys(Keys.ARROW_RIGHT))
@@ -487,8 +499,9 @@ def test_a_slider_changes_the_style(shown):
 
 @pytest.mark.slow
 def test_test_maps_and_exemplars_are_picked(shown, runs):
+    shown.choose("spade")
     colours = app.palette(weights(runs, "spade"))
-    styled, _ = shown.change(lambda: shown.all("#Is button.thumbnail-item")[2].click())
+    shown.change(lambda: shown.all("#Is button.thumbnail-item")[2].click())
     assert np.array_equal(shown.pixels("#I img"), np.asarray(Image.open(
         runs / "maps/test_img/2.png")))
     shown.change(lambda: shown.all("#xs button.thumbnail-item")[3].click())
@@ -503,7 +516,8 @@ def test_test_maps_and_exemplars_are_picked(shown, runs):
 
 @pytest.mark.slow
 def test_codes_are_swapped_and_edited(shown):
-    made, _ = shown.change(lambda: shown.choose("swapae"))
+    shown.choose("swapae")
+    made = shown.pixels()
     edited, _ = shown.change(lambda: next(
         o for o in shown.all("#way label") if o.text == "texture").click())
     assert edited.shape == made.shape and (edited != made).any()
