@@ -64,6 +64,7 @@ def checkpoints(runs):
 
 @functools.lru_cache(maxsize=16)
 def parsed(path, _):
+    """As `opened`, once for each (path, time of its last change)."""
     state = common.load_file(path)
     method = state.get("method") if isinstance(state, dict) else None
     for name in () if method else ("swapae", "init", "spade", "sincut", "cyclegan", "pix2pixsc"):

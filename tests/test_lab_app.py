@@ -33,8 +33,8 @@ from lab import app
 SHARED = ["--size", "32", "--batch", "2", "--workers", "0", "--device", "cpu", "--steps", "1"]
 CUT = ["--load", "36", "--ngf", "4", "--ndf", "4", "--blocks", "2", "--patches", "16"]
 SPADE = ["--load", "36", "--ngf", "4", "--ndf", "4", "--hidden", "6", "--labels", "4", "--z", "4",
-         "--doublings", "4", "--input", "encoder", "--d-layers", "2", "--vgg", "random",
-         "--vgg-layers", "1"]
+         "--doublings", "4", "--init", "glorot",  # as released, one step paints grey
+         "--input", "encoder", "--d-layers", "2", "--vgg", "random", "--vgg-layers", "1"]
 SWAPAE = ["--downs", "2", "--texture", "16", "--widths", "0.125", "0.0625", "0.015625", "0.0625",
           "--patch", "8", "--crops", "3", "--vgg", "random", "--seed", "7"]
 VALUES = {"x": None, "value": None, "exemplar": None, "exemplar_map": None, "way": None,
