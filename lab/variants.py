@@ -1,7 +1,7 @@
 """Variants of a script: a row of a paper's table, a planted fault, an exercise, a worked fork.
 
-Each is a few flags or a patch of 1 to 10 lines in lab/rows/SCRIPT.txt, applied to a copy of the
-script, so that the script itself shows the method alone. A section of that file:
+Each is a few flags or a patch of 1 to 10 lines (a fork: 16) in lab/rows/SCRIPT.txt, applied to a
+copy of the script, so that the script itself shows the method alone. A section of that file:
 
     fault lambda_Y_is_lambda_X: NCE_Y weighted by lambda_X
     test: test_step
@@ -78,10 +78,11 @@ def load(script):
                             f"or a hunk's line with its marker (a blank one too), found {line!r}")
     for p in patches:
         changed = sum(max(sum(line[0] == s for line in h) for s in "-+") for h in p.hunks)
+        most = 16 if p.kind == "fork" else 10
         wrong = ("not the only one of that name" if [q.name for q in patches].count(p.name) > 1 else
                  "changes nothing" if not p.hunks and not p.flags else
                  "needs hunks and test:" if p.kind == "fault" and not (p.hunks and p.test) else
-                 f"changes {changed} lines, more than 10" if changed > 10 else
+                 f"changes {changed} lines, more than {most}" if changed > most else
                  "a hunk needs a line that is there ('-' or ' ') and one that changes ('-' or '+')"
                  if any({line[0] for line in h} in ({"+"}, {" "}, set()) for h in p.hunks) else "")
         if wrong:

@@ -112,7 +112,8 @@ def test_a_patch_that_does_not_fit_is_named(tree, hunk, message):
     ("row a: b\n x\n@@\n-y", "line that is there"),
     ("row a: b\n+y", "line that is there"),
     ("row a: b\n-y\n@@", "line that is there"),
-    ("row a: b\n-x\n" + "+y\n" * 11, "changes 11 lines, more than 10")])
+    ("row a: b\n-x\n" + "+y\n" * 11, "changes 11 lines, more than 10"),
+    ("fork a: b\n-x\n" + "+y\n" * 17, "changes 17 lines, more than 16")])
 def test_mistakes_in_a_rows_file_are_named(tree, text, message):
     with pytest.raises(UserError) as error:
         tree(text)
@@ -121,7 +122,7 @@ def test_mistakes_in_a_rows_file_are_named(tree, text, message):
 
 @pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "lab/rows").glob("*.txt")))
 def test_every_patch_applies_today(script):
-    """And leaves Python, with no more than ten lines added or gone."""
+    """And leaves Python, with no more than ten lines added or gone, sixteen in a fork."""
     assert (patches := load(script))
     for patch in patches:
         before = (ROOT / patch.file).read_text()
@@ -130,7 +131,7 @@ def test_every_patch_applies_today(script):
         assert (after != before) == bool(patch.hunks)
         diff = difflib.unified_diff(before.split("\n"), after.split("\n"), n=0)
         signs = [line[0] for line in diff]  # with two lines of a head, --- and +++
-        assert max(signs.count("-"), signs.count("+")) <= 11
+        assert max(signs.count("-"), signs.count("+")) <= (17 if patch.kind == "fork" else 11)
 
 
 def test_run_hands_on_flags_folder_and_exit_code(tree, capfd, monkeypatch, tmp_path):

@@ -77,7 +77,7 @@ def test_budgets():
              for pattern in ("*.py", "lab/*.py", "tests/*.py") for f in ROOT.glob(pattern)}
     assert lines["common.py"] <= 980
     assert lines.pop("lab/app.py") <= 400
-    assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2750
+    assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2900
     for name in ("cut", "cyclegan", "sincut"):
         assert lines[f"tests/test_{name}.py"] <= lines[f"{name}.py"] * 1.1, name
 
