@@ -1,15 +1,19 @@
 """A script and common.py, copied alone into an empty folder, train, resume and translate."""
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from lab import variants
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ["--workers", "0", "--device", "cpu", "--log-every", "1", "--sample-every", "1"]
@@ -47,6 +51,10 @@ LAYOUTS = {
 }
 
 
+CLEAN = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def draw(root, layout):
     """Noise in the layout of a script: pictures of 80 x 72, label maps of 0, 1, 2."""
     rng = np.random.default_rng(0)
@@ -80,12 +88,10 @@ def test_fork(script, tmp_path):
     for name in (f"{script}.py", "common.py"):
         shutil.copy(ROOT / name, fork)
     draw(data, layout)
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def run(*flags):
         return subprocess.run([sys.executable, f"{script}.py", *map(str, flags)], cwd=fork,
-                              env=clean, text=True, capture_output=True)
+                              env=CLEAN, text=True, capture_output=True)
 
     def succeeds(*flags):
         done = run(*flags)
@@ -113,3 +119,56 @@ def test_fork(script, tmp_path):
              *[flag.format(data=data) for flag in needed])
     painted = list((fork / "painted").rglob("*.png"))
     assert painted and Image.open(painted[0]).size == (80, 72)
+
+
+# ---- docs/fork.md -----------------------------------------------------------------------------
+
+
+def test_the_worked_fork_trains_alone_and_is_cut_where_its_loss_weighs_nothing(tmp_path):
+    """The patch of docs/fork.md, on cut.py and common.py in an empty folder: 20 steps."""
+    draw(tmp_path / "data", "unpaired")
+    logs = {}
+    for name, variant, steps, weight in (("fork", "relations", 20, ["--lambda-R", "2"]),
+                                         ("off", "relations", 3, ["--lambda-R", "0"]),
+                                         ("cut", None, 3, [])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in variants.sources("cut", variant)[0].items():
+            (folder / file).write_text(text)
+        flags = ["--data", tmp_path / "data", *FORKS["cut"][1].split(), *ALL, "--out", "run",
+                 "--sample-every", "20", "--steps", steps, *weight]
+        done = subprocess.run([sys.executable, "cut.py", *map(str, flags)], cwd=folder, env=CLEAN,
+                              text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        with open(folder / "run/log.csv") as file:
+            logs[name] = list(csv.DictReader(file))
+    assert len(logs["fork"]) == 20 and all(float(row["L_R"]) > 0 for row in logs["fork"])
+    for name in ("L_D", "L_GAN", "NCE_X", "NCE_Y"):
+        off, cut = ([row[name] for row in logs[log]] for log in ("off", "cut"))
+        assert off == cut
+        assert logs["fork"][2][name] != cut[2]  # and where it weighs something, it acts
+
+
+def test_relations_of_one_picture_with_itself_are_kept():
+    """relation_loss against its definition, one row of similarities at a time."""
+    fork = types.ModuleType("fork")
+    exec(compile(variants.sources("cut", "relations")[0]["cut.py"], "fork.py", "exec"),
+         fork.__dict__)
+    torch.manual_seed(0)
+    z, z_hat = ([torch.nn.functional.normalize(torch.randn(2, S, 8).double(), dim=2)
+                 for S in (5, 3)] for _ in "ab")
+    total = 0.0
+    for v, v_hat in zip(z, z_hat, strict=True):
+        rows = [(torch.softmax(v[b] @ v[b, s] / 0.5, 0), torch.softmax(v_hat[b] @ v_hat[b, s] / 0.5,
+                                                                      0))
+                for b in range(2) for s in range(v.shape[1])]
+        total += sum((p * (p.log() - q.log())).sum() for p, q in rows) / len(rows) / 2
+    assert fork.relation_loss(z_hat, z, 0.5).item() == pytest.approx(total.item())
+    assert fork.relation_loss(z, z, 0.5).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_fork_md_shows_the_patch():
+    text = (ROOT / "docs/fork.md").read_text()
+    patch = next(p for p in variants.load("cut") if p.name == "relations")
+    for line in [line for hunk in patch.hunks for line in hunk if line[1:].strip()]:
+        assert line in text.split("\n"), line
