@@ -29,7 +29,7 @@ OBJECTIVE    Eq. (1)  gamma_B = delta(f_B), beta_B = mu(f_B)
              Eq. (4)  L_P = lambda_c L_c + lambda_s L_s of both directions
              Eq. (5)  L_c = E |phi(x_AB) - phi(x_A)|_1, L_s = E |Gram(x_AB) - Gram(x_B)|_1
 
-CHOICES      where the paper is silent or differs from its authors' released code:
+CHOICES      where the text is silent, or differs from what the authors ran (their released code):
              delta is called variance; AdaIN as it is known takes the deviation: so here. The code
              scales by f's mean, shifts by its variance, divides by c's: row released_adain.
              phi: every VGG channel divided by its L2 norm over the picture (code); without it the

@@ -29,7 +29,7 @@ OBJECTIVE    all logarithms are least squares in practice (Sec. 4.1)
              Eq. (8)  G* = arg min_G max_(D_R, D_SC) L
              Equations 1 to 3 are those of pix2pixHD, a row in lab/rows.
 
-CHOICES      where the paper is silent, or differs from its authors' released code:
+CHOICES      where the text is silent, or differs from what the authors ran (their released code):
              Norms of Eq. (6) are means in the code, and its 1/32, 1/16, 1/8, 1/4, 1 are exactly
              M_5/M_i: the text's 1/M_i up to one factor. The code uses M_5/M_i always, plus 2 where
              z and I are consistent (here the default); the text's 1 or 1/M_i is --w paper.

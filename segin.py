@@ -33,7 +33,7 @@ OBJECTIVE    Eq. (1)   xi_i = argmax_j Phi(x)_i . Phi(r)_j / (|Phi(x)_i| |Phi(r)
              Eq. (10)  L_segAtt = |N_s(x) * N(x, W(x, y)) - y_seg * y|_1
              Eq. (11)  L = w1 L_recon + w2 L_F + w3 L_GAN + w4 L_seg + w5 L_segAtt + w6 L_tv
 
-CHOICES      No code was released; where the text is silent or contradicts itself:
+CHOICES      where the text is silent, or contradicts itself (no code was released):
              Eq. (7) as printed judges the photo with x and the answer without: D(N(x, W)). No one
              network can do that; here D sees x beside both.
              Weights: the text says w4 twice (100 and 1) and w3 never: w3 = 1, w4 = 100, as GAN 1

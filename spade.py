@@ -510,8 +510,8 @@ class LabelledPictures(torch.utils.data.Dataset):
     """`self[n]`: the n-th training sample: labels (H, W), edges (0 or 1, H, W), x (3, H, W).
 
     Walks through a new shuffle of the pairs every epoch; a sample depends on (seed, n) alone.
-    Resize (pictures bicubic, maps nearest), random crop, mirror, the same for all three; CHOICE
-    (code): the aspect ratio is not kept. augment=False: in order, at the training size.
+    Resize (pictures bicubic, maps nearest), random crop, mirror, the same for all three.
+    CHOICE (code): the aspect ratio is not kept. augment=False: in order, at the training size.
     """
 
     def __init__(self, pairs, args, augment=True):
