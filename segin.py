@@ -56,7 +56,9 @@ USAGE        python segin.py                                   # toy world, a sc
              python segin.py --data edges2shoes      # fetched once; or a folder like pix2pix's
              python segin.py --data faces/ --input grey       # colourisation: x is y in grey
              python segin.py --translate sketch.png --exemplar photo.jpg --weights FILE
-EXPECT       python segin.py: not run yet in this form.
+EXPECT       python segin.py: 6 minutes of CPU. With a random VGG parts take the reference's colours,
+             paler: 70 % of parts right (W itself 75, majority of W 92: no success), picture error 5
+             grey levels (8 for that majority). L_D 1.24 (chance 1.39): D lives.
 """
 
 import functools
