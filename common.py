@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -211,7 +212,19 @@ SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 GREY = None  # --range: black and white of pictures with more than 8 bits of grey
+SIDE, TRAINED = None, math.inf  # --side, and the largest side that training resized pictures to
 SAID = {}
+SHA256 = {  # of archives, as TensorFlow Datasets publishes them
+    "apple2orange.zip": "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
+    "cezanne2photo.zip": "3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff",
+    "horse2zebra.zip": "a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1",
+    "iphone2dslr_flower.zip": "8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113",
+    "maps.zip": "639534f69dbf9f36bef8d6292a7698006361221f83f0285d7c9ca78afe6e8a9e",
+    "monet2photo.zip": "88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04",
+    "summer2winter_yosemite.zip":
+        "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
+    "ukiyoe2photo.zip": "02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08",
+    "vangogh2photo.zip": "362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff"}
 UNPAIRED = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
 
 
@@ -363,25 +376,52 @@ def same_size(net, x, multiple):
     return net(F.pad(x, (0, right, 0, bottom), mode=mode))[:, :, :h, :w]
 
 
+def at_side(size, path):
+    """(width, height) at which a picture of that size is translated: its own, or by --side."""
+    if SIDE:
+        return tuple(max(1, round(n * SIDE / min(size))) for n in size)
+    if min(size) > 2 * TRAINED:
+        remark("side", f"{path}: {size[0]}x{size[1]} pixels, more than twice the scale that the "
+                       f"weights were trained at; --side {TRAINED} translates it at that one")
+    return size
+
+
 def translate_files(source, out, net):
-    """Write net((1, 3, H, W)) of a picture, or of each picture of a folder, to out/NAME.png."""
-    files, out = list_pictures(source), Path(out)
-    stems, broken = Counter(f.stem for f in files), []
+    """Write net((1, 3, H, W)) of a picture, or of each picture of a folder, to out/NAME.png.
+
+    With --side it sees them smaller, and what it gives (perhaps several side by side) grows back.
+    """
+    def paint(path):
+        im = open_rgb(path)
+        w, h = at_side(im.size, path)
+        y = to_pil(net(to_tensor(im.resize((w, h), Image.BICUBIC))[None])[0])
+        return y.resize((y.width // w * im.width, im.height), Image.BICUBIC)
+
+    paint_files(list_pictures(source), out, paint)
+
+
+def paint_files(files, out, paint, keep=()):
+    """Write paint(file), a `PIL.Image`, of each file to out/NAME.png, none of `files` and `keep`.
+
+    A `UserError` of one file is raised when the others are done.
+    """
+    out, stems, errors = Path(out), Counter(f.stem for f in files), []
+    sources = {Path(f).resolve() for f in (*files, *keep)}
     for f in tqdm(files, disable=len(files) == 1):
         name = f.stem if stems[f.stem] == 1 else f.name  # a.jpg and a.png must not collide
-        target = out / f"{name}.png"
-        if target.resolve() == f.resolve():
-            raise UserError(f"--out {out}: {f} would be overwritten, choose another folder")
+        if (target := out / f"{name}.png").resolve() in sources:
+            raise UserError(f"--out {out}: {target} would be overwritten, choose another folder")
         try:
-            x = to_tensor(open_rgb(f))[None]
-        except UserError as error:  # the others shall not wait for this one
-            broken.append(error)
+            picture = paint(f)
+        except UserError as error:
+            errors.append(error)
             continue
-        write_whole(target, partial(to_pil(net(x)[0]).save, format="PNG"))
-    if len(files) > len(broken):
-        print(f"{len(files) - len(broken)} translated: {target if len(files) == 1 else out}")
-    if broken:
-        raise UserError(f"{len(broken)} of {len(files)} not translated: {broken[0]}")
+        write_whole(target, partial(picture.save, format="PNG"))
+    if len(files) > len(errors):
+        print(f"{len(files) - len(errors)} translated: {target if len(files) == 1 else out}")
+    if errors:
+        told = f"{len(errors)} of {len(files)} not translated: " if len(files) > 1 else ""
+        raise UserError(f"{told}{errors[0]}")
 
 
 def save_grid(path, columns):
@@ -444,41 +484,62 @@ def find_data(name, layout, known, draw_toy, root="datasets"):
     if name == "toy":
         return draw_toy()
     for folder in (Path(name), Path(root, name)):
-        if folder.is_dir():
+        if folder.is_dir() and (name not in known or has_pictures(folder)):
             return folder
     if name not in known:
         raise UserError(f"--data {name}: no such folder (looked for {name} and {folder}); expected "
                         f"{layout}, or one of: {', '.join(['toy', *known])}")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return download(known[name], folder)
-    while not folder.is_dir():  # torchrun: the first process of a machine fetches it
+    while not has_pictures(folder):  # torchrun: the first process of a machine fetches it
         time.sleep(1)
     return folder
+
+
+def has_pictures(folder):
+    """Whether a picture lies anywhere below the folder."""
+    return any(f.suffix.lower() in SUFFIXES for f in folder.rglob("*"))
+
+
+def set_aside(path):
+    """Give a folder another name, NAME.1 or the first that is free, and say so."""
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    kept = path.rename(next(name for name in names if not name.exists()))
+    print(f"what was in {path} is kept in {kept}")
 
 
 def download(addresses, folder):
     """Fetch the first archive that answers, unpack it into `folder` (less a single top folder).
 
-    `folder` appears only once every member is there and its checksum right. Returns it;
-    `UserError` names the addresses, for doing it by hand.
+    https is tried before http. `folder` appears only once every member is there and its checksum
+    right. Returns it; `UserError` names the addresses, for doing it by hand.
     """
-    errors = []
-    for address in addresses:
+    errors, secure = [], [re.sub("^http:", "https:", address) for address in addresses]
+    for address in dict.fromkeys((*secure, *addresses)):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".download", dir=folder.parent) as scratch:
                 archive, files = Path(scratch, Path(address).name), Path(scratch, "files")
-                print(f"fetching {address}")
-                torch.hub.download_url_to_file(address, str(archive))
+                known = SHA256.get(archive.name)
+                print(f"fetching {address}" + ", of which no checksum is known" * (not known))
+                torch.hub.download_url_to_file(address, str(archive), hash_prefix=known)
+                if archive.suffix == ".zip":
+                    unpacked = sum(m.file_size for m in zipfile.ZipFile(archive).infolist())
+                else:
+                    unpacked = sum(m.size for m in tarfile.open(archive))
+                if unpacked > 100 * archive.stat().st_size + 2**20:  # pictures hardly shrink
+                    raise OSError(f"{unpacked} bytes when unpacked, which no set of pictures has")
                 safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # tar: no links out
                 shutil.unpack_archive(archive, files, **safe)
-                if not any(f.suffix.lower() in SUFFIXES for f in files.rglob("*")):
+                if not has_pictures(files):
                     raise OSError("no pictures in it")
+                if folder.exists():
+                    set_aside(folder)
                 inside = list(files.iterdir())
                 single = len(inside) == 1 and inside[0].is_dir()
                 return (inside[0] if single else files).rename(folder)
         except Exception as error:  # network, disk and three archive libraries: a dozen types
-            errors.append(f"{address} ({error or type(error).__name__})")
+            errors.append(f"{address} ({' '.join(str(error).split()) or type(error).__name__})")
     raise UserError(f"cannot fetch {folder.name}: {'; '.join(errors)}; fetch it by hand and unpack "
                     f"it as {folder}")
 
@@ -520,7 +581,7 @@ def entry(main):
         known = re.search("out of memory|not enough memory|allocate memory", str(error))
         if not known and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        message = "out of memory: lower --size or --batch, or add --amp"
+        message = "out of memory: lower --size or --batch, or --side in --translate, or add --amp"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -528,8 +589,8 @@ def entry(main):
     sys.exit(2)
 
 
-COUNTS = ("batch", "steps", "epochs", "size", "height", "load", "ngf", "ndf", "tile", "patches",
-          "bank", "hidden", "z", "log_every", "sample_every")
+COUNTS = ("batch", "steps", "epochs", "size", "side", "height", "load", "ngf", "ndf", "tile",
+          "patches", "bank", "hidden", "z", "log_every", "sample_every")
 LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | {
     "seed": (0, 2**63 - 1), "workers": (0, 256), "decay_from": (0, 1), "beta1": (0, 0.9999),
     "beta2": (0, 0.9999), "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}
@@ -569,6 +630,8 @@ def base_parser(doc):
     add("--resume", action=switch, default=False, help="continue the run folder's last.pt")
     add("--weights", metavar="FILE", help="our last.pt or the authors' released file")
     add("--translate", metavar="PATH", help="translate a picture or a folder of them")
+    add("--side", type=int, metavar="N", help="translate with a short side of N pixels, and the "
+        "answer is resized back (the picture's own size)")
     add("--evaluate", action=switch, default=False, help="compute the paper's metric")
     add("--split", choices=["test", "val"], default="test", help="pictures that are scored")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -599,7 +662,9 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
     check_numbers(p, args)
     if args.range and not args.range[0] < args.range[1]:
         raise UserError("--range {:g} {:g}: a smaller and a larger value".format(*args.range))
-    globals()["GREY"] = args.range
+    scales = (vars(args).get(name) or 0 for name in ("size", "load", "scale"))
+    globals().update(GREY=args.range, SIDE=args.side,
+                     TRAINED=max(max(s) if isinstance(s, list) else s for s in scales))
     if args.channels_last is None:
         args.channels_last = channels_last or pick_device(args.device).type != "cpu"
     args.run_folder = args.out or str(Path("runs", run_name(args)))
@@ -609,8 +674,8 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
 def saved_flags(p, config, source, own):
     """The flags of a checkpoint that shape networks and data, {dest: value}, each through the
     parser's own type and choices; own: of the run itself, so that its paths may be trusted."""
-    fixed = {"help", "resume", "weights", "translate", "evaluate", "out", "device", "workers",
-             "compile", "channels_last"}
+    fixed = {"help", "resume", "weights", "translate", "side", "evaluate", "out", "device",
+             "workers", "compile", "channels_last"}
     found = {}
     for action in p._actions:
         value, path = config.get(action.dest), action.metavar in ("FILE", "PATH", "FOLDER", "DIR")
@@ -802,10 +867,7 @@ class Run:
                                     f"({others[0]}), choose a new or empty folder")
                 if last.exists() and not self.args.resume:
                     self.lock.close()
-                    names = (f"{self.folder.name}.{n}" for n in itertools.count(1))
-                    kept = next(k for k in map(self.folder.with_name, names) if not k.exists())
-                    self.folder.rename(kept)
-                    print(f"the run that was in {self.folder} is kept in {kept}")
+                    set_aside(self.folder)
                     self.folder.mkdir()
                     self.lock = locked(self.folder)
                 (self.folder / "samples").mkdir(exist_ok=True)

@@ -694,15 +694,6 @@ def load_generator(args, device):
     return G.to(device).eval()
 
 
-def write(y, path):
-    """Write a picture (3, H, W) in [-1, 1] as PNG, making its folder; `UserError` if it cannot."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.write_whole(path, functools.partial(common.to_pil(y).save, format="PNG"))
-    except OSError as error:
-        raise UserError(f"--out {path.parent}: cannot write there ({error})") from None
-
-
 def translate_files(args):
     """Paint --translate, a label map or a folder of them, in the style of --exemplar, to PNG."""
     device = common.pick_device(args.device)
@@ -714,14 +705,16 @@ def translate_files(args):
     if not files:
         raise UserError(f"{source}: no label maps of --label-kind {args.label_kind} there "
                         f"({', '.join(sorted(LABEL_SUFFIXES[args.label_kind]))})")
-    for f in files:
-        target, x = Path(out, f"{f.stem}.png"), F(f, args)
-        if target.resolve() in (f.resolve(), Path(args.exemplar).resolve()):
-            raise UserError(f"--out {out}: {target} would be overwritten, choose another folder")
-        size = x.shape[2], x.shape[1]
-        F_I, I = F(args.exemplar_label, args, size), picture(args.exemplar, size)
-        write(translate(G, *(t[None].to(device) for t in (x, F_I, I)), args)[0], target)
-    print(f"{len(files)} translated: {target if len(files) == 1 else out}")
+
+    def painted(f):
+        own = tuple(F(f, args).shape[:0:-1])
+        size = common.at_side(own, f)
+        x, F_I = F(f, args, size), F(args.exemplar_label, args, size)
+        given = x, F_I, picture(args.exemplar, size)
+        y = translate(G, *(t[None].to(device) for t in given), args)
+        return common.to_pil(y[0]).resize(own, Image.BICUBIC)
+
+    common.paint_files(files, out, painted, keep=[args.exemplar])
 
 
 def evaluate(args):
@@ -733,7 +726,8 @@ def evaluate(args):
     pairs = test_pairs(root, args)
     y_hat = translated(G, pairs, args, device)
     for i, y in enumerate(y_hat):
-        write(y, out / f"{i:05d}.png")
+        common.write_whole(out / f"{i:05d}.png",
+                           functools.partial(common.to_pil(y).save, format="PNG"))
     print(f"pictures: {out}")
     z = torch.stack([picture(x.image, (args.size, args.height)) for x, _ in pairs])
     scores = truth_scores(G, root, args, device) if args.data == "toy" else []

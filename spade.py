@@ -158,6 +158,8 @@ def get_args(argv=None):
     if args.batch * args.size * args.height == 4**args.doublings:
         raise UserError(f"--batch 1: G would start from a single place, which cannot be normalised;"
                         f" --batch 2, or a larger --size than {args.size}")
+    if args.side:
+        raise UserError("--side: maps are painted at the size of training, whatever theirs is")
     if args.labels is not None and not 1 <= args.labels <= 65536:
         raise UserError(f"--labels {args.labels}: must be between 1 and 65536")
     return args
@@ -739,20 +741,17 @@ def translate_files(args):
         raise UserError("--exemplar: only a network trained with --input encoder has a style")
     z = (style(nets, common.to_tensor(common.open_rgb(args.exemplar))[None]) if args.exemplar
          else random_styles(1, args))
-    files, out = common.list_pictures(args.translate), Path(args.out or "translated")
-    for name, f in common.by_name(files).items():
+
+    def picture(f):
         inst = f if args.inst is None else Path(args.inst)        # without: borders of the labels
         labels, inst = common.open_ids(f), common.open_ids(inst / f.name if inst.is_dir() else inst)
         check_ids(f, np.unique(np.asarray(labels)).tolist(), args)
         small, inst = (im.resize((args.size, args.height), Image.NEAREST) for im in (labels, inst))
         edges = border(inst)[None] if args.edges else torch.zeros(1, 0, args.height, args.size)
-        picture = paint(nets, (to_labels(small, args)[None], edges), z, args)[0]
-        target = out / f"{name}.png"
-        if target.resolve() == f.resolve():
-            raise UserError(f"--out {out}: {f} would be overwritten, choose another folder")
-        picture = common.to_pil(picture).resize(labels.size, Image.BICUBIC)
-        common.write_whole(target, functools.partial(picture.save, format="PNG"))
-    print(f"{len(files)} painted: {target if len(files) == 1 else out}")
+        painted = paint(nets, (to_labels(small, args)[None], edges), z, args)[0]
+        return common.to_pil(painted).resize(labels.size, Image.BICUBIC)
+
+    common.paint_files(common.list_pictures(args.translate), args.out or "translated", picture)
 
 
 def truth_scores(nets, root, args, device):

@@ -73,13 +73,13 @@ def fid(fakes, reals, device, weights=None):
     """
     needed("torch_fidelity", "FID")
     FrechetInceptionDistance = needed("torchmetrics.image.fid", "FID").FrechetInceptionDistance
-    if weights is None and cached(FID_WEIGHTS).exists():
-        weights = str(cached(FID_WEIGHTS))
-    if weights:
-        common.load_file(weights)  # torch-fidelity would unpickle anything
     device = "cpu" if torch.device(device).type == "mps" else device  # sums are float64
     try:
-        metric = FrechetInceptionDistance(feature_extractor_weights_path=weights).to(device)
+        if weights is None and not (weights := cached(FID_WEIGHTS)).exists():
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(FID_WEIGHTS, str(weights))
+        common.load_file(weights)  # torch-fidelity would unpickle anything
+        metric = FrechetInceptionDistance(feature_extractor_weights_path=str(weights)).to(device)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"--evaluate: no Inception weights for FID ({error}); fetch {FID_WEIGHTS} "
                         "by hand and give --fid-weights FILE") from None

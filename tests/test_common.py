@@ -2,6 +2,7 @@
 import argparse
 import csv
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -505,10 +506,14 @@ def test_find_data(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "download", lambda urls, f: fetched.append((urls, f)) or f)
     assert FIND("toy") == "drawn"
     assert FIND("horse2zebra") == Path("datasets/horse2zebra")
-    assert fetched == [(KNOWN["horse2zebra"], Path("datasets/horse2zebra"))]
+    assert fetched.pop() == (KNOWN["horse2zebra"], Path("datasets/horse2zebra"))
     for folder in ("datasets/horse2zebra", "horse2zebra"):
-        Path(folder).mkdir(parents=True)
-        assert FIND("horse2zebra") == Path(folder) and len(fetched) == 1
+        Path(folder, "trainA").mkdir(parents=True)
+        FIND("horse2zebra")
+        assert fetched.pop() == (KNOWN["horse2zebra"], Path("datasets/horse2zebra"))
+        Path(folder, "trainA/a.jpg").touch()  # a folder without pictures is in nobody's way
+        assert FIND("horse2zebra") == Path(folder) and not fetched
+        Path(folder, "trainA/a.jpg").rename("a.jpg")
     with pytest.raises(UserError) as caught:
         FIND("horses")
     for part in ("--data horses", str(Path("datasets/horses")), "trainA/", "toy", "maps"):
@@ -524,14 +529,15 @@ def test_one_process_of_a_machine_downloads(tmp_path, monkeypatch):
         waits.append(seconds)
         if len(waits) == 3:
             (tmp_path / "maps").mkdir()
+            (tmp_path / "maps/a.png").touch()
     monkeypatch.setattr(common.time, "sleep", sleep)
     assert FIND("maps", root=tmp_path) == tmp_path / "maps" and len(waits) == 3
 
 
-def packed(members, kind="zip", link=None):
+def packed(members, kind="zip", link=None, level=None):
     raw = io.BytesIO()
     if kind == "zip":
-        with zipfile.ZipFile(raw, "w") as z:
+        with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED if level else 0, True, level) as z:
             for name, text in members.items():
                 z.writestr(name, text)
     else:
@@ -551,6 +557,9 @@ GOOD = {"trainA/a.png": "A" * 1000, "trainB/b.png": "B"}
 TOPPED = {f"set/{name}": text for name, text in GOOD.items()}
 OUTSIDE = GOOD | {"../escaped": "x"}
 ABSOLUTE = GOOD | {"/tmp/escaped-by-absolute-path": "x"}
+with zipfile.ZipFile(LZMA := io.BytesIO(), "w", zipfile.ZIP_LZMA) as z:
+    z.writestr("trainA/a.png", bytes(range(256)) * 9)
+LZMA = LZMA.getvalue()[:60] + bytes(20) + LZMA.getvalue()[80:]  # another error than zlib's
 FILES = {
     "/good.zip": packed(GOOD), "/good.tar.gz": packed(GOOD, "tar"),
     "/topped.zip": packed(TOPPED), "/topped.tgz": packed(TOPPED, "tar"),
@@ -558,21 +567,25 @@ FILES = {
     "/crc.tar.gz": bytes(b ^ (i == 60) for i, b in enumerate(packed(GOOD, "tar"))),
     "/text.zip": b"<html>moved</html>", "/text.tar.gz": b"<html>moved</html>",
     "/slip.tar.gz": packed(OUTSIDE, "tar"), "/absolute.tar.gz": packed(ABSOLUTE, "tar"),
+    "/bomb.zip": packed(GOOD | {"trainA/c.png": "0" * 9_000_000}, level=9),
+    "/bomb.tar.gz": packed(GOOD | {"trainA/c.png": "0" * 9_000_000}, "tar"),
+    "/readme.zip": packed({"set/readme.txt": "moved"}), "/lzma.zip": LZMA,
     "/link.tar.gz": packed(GOOD, "tar", "/etc"), "/slip.zip": packed(OUTSIDE),
     "/absolute.zip": packed(ABSOLUTE)}
 BAD = ["absent.zip", "short.zip", "crc.zip", "text.zip", "short.tar.gz", "crc.tar.gz",
-       "text.tar.gz", "slip.tar.gz", "link.tar.gz"]
+       "text.tar.gz", "slip.tar.gz", "link.tar.gz", "bomb.zip", "bomb.tar.gz", "readme.zip",
+       "lzma.zip", "many.zip"]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):  # noqa: N802
         self.server.asked.append(self.path)
-        body = FILES.get(self.path.replace("short", "good"))
+        body = FILES.get(self.path.replace("short", "good").replace("many", "good"))
         if body is None:
             self.send_error(404)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", "many" if "many" in self.path else str(len(body)))
         self.end_headers()
         self.wfile.write(body[:len(body) // 2] if "short" in self.path else body)
 
@@ -623,6 +636,42 @@ def test_members_that_are_skipped_or_kept_inside(server, tmp_path, name):
     common.download([f"{server.url}/{name}"], tmp_path / "d/set")
     assert TOPPED.items() <= tree(tmp_path / "d").items() and not (tmp_path / "escaped").exists()
     assert not Path("/tmp/escaped-by-absolute-path").exists()
+
+
+def test_https_is_tried_first_and_a_pinned_checksum_counts(server, tmp_path, monkeypatch, capsys):
+    asked, address = [], f"{server.url}/good.zip"
+
+    def fetch(address, *rest, **more):
+        asked.append(address)
+        return real(address, *rest, **more)
+    real = torch.hub.download_url_to_file
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    common.download([address], tmp_path / "set")
+    assert asked == [address.replace("http:", "https:"), address]
+    assert f"fetching {address}, of which no checksum is known\n" in capsys.readouterr().out
+    right = hashlib.sha256(FILES["/good.zip"]).hexdigest()
+    monkeypatch.setattr(common, "SHA256", {"good.zip": right})
+    common.download([address], tmp_path / "right")
+    assert f"fetching {address}\n" in capsys.readouterr().out
+    monkeypatch.setattr(common, "SHA256", {"good.zip": right[::-1]})
+    with pytest.raises(UserError, match="invalid hash value"):
+        common.download([address], tmp_path / "wrong")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["right", "set"]
+
+
+def test_what_is_pinned_can_be_fetched():
+    import cyclegan
+    named = {Path(a).name for archives in cyclegan.KNOWN.values() for a in archives}
+    assert set(common.SHA256) <= named and len(set(common.SHA256.values())) == 9
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in common.SHA256.values())
+
+
+def test_a_folder_without_pictures_is_set_aside(server, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/mine.txt").write_text("mine")
+    common.download([f"{server.url}/good.zip"], tmp_path / "set")
+    assert (tmp_path / "set.1/mine.txt").read_text() == "mine"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["set", "set.1"]
 
 
 def test_a_known_name_is_downloaded_once(server, tmp_path):

@@ -84,6 +84,7 @@ def corners(monkeypatch, hub):
     pytest.importorskip("torch_fidelity", reason=INSTALL)
     module = pytest.importorskip("torchmetrics.image.fid", reason=INSTALL)
     real = module.FrechetInceptionDistance
+    torch.save({}, hub / metrics.FID_WEIGHTS.rpartition("/")[2])
     monkeypatch.setattr(module, "FrechetInceptionDistance",
                         lambda feature_extractor_weights_path: real(feature=Corners()))
 
@@ -130,9 +131,18 @@ def test_fid_weights(tmp_path, hub, monkeypatch):
     assert not (tmp_path / "touched").exists()
     kept.unlink()
 
-    def fails(**_):
+    def fetch(address, path):
+        assert address == metrics.FID_WEIGHTS
+        torch.save(Marker(tmp_path / "touched"), path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(UserError, match="safely"):
+        metrics.fid([], [], CPU)
+    assert not (tmp_path / "touched").exists()
+    kept.unlink()
+
+    def fails(*_, **__):
         raise urllib.error.URLError("no route to host")
-    monkeypatch.setattr(module, "FrechetInceptionDistance", fails)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
     with pytest.raises(UserError, match="no route to host") as caught:
         metrics.fid([], [], CPU)
     assert metrics.FID_WEIGHTS in str(caught.value) and "--fid-weights" in str(caught.value)
