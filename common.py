@@ -214,17 +214,12 @@ TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM
 GREY = None  # --range: black and white of pictures with more than 8 bits of grey
 SIDE, TRAINED = None, math.inf  # --side, and the largest side that training resized pictures to
 SAID = {}
-SHA256 = {  # of archives, as TensorFlow Datasets publishes them
-    "apple2orange.zip": "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
-    "cezanne2photo.zip": "3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff",
-    "horse2zebra.zip": "a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1",
-    "iphone2dslr_flower.zip": "8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113",
-    "maps.zip": "639534f69dbf9f36bef8d6292a7698006361221f83f0285d7c9ca78afe6e8a9e",
-    "monet2photo.zip": "88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04",
-    "summer2winter_yosemite.zip":
-        "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
-    "ukiyoe2photo.zip": "02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08",
-    "vangogh2photo.zip": "362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff"}
+SHA256 = {  # of archives, its first 80 bits; from TensorFlow Datasets' url_checksums
+    "apple2orange": "845a191e9af8926408ea", "cezanne2photo": "3a6c10ca21f9485862f1",
+    "horse2zebra": "a74d9d392eecca9966b5", "iphone2dslr_flower": "8fcb5e374d631b107e1d",
+    "maps": "639534f69dbf9f36bef8", "monet2photo": "88f91b00fc228f97c941",
+    "summer2winter_yosemite": "167fe1726807a9d22bd1", "ukiyoe2photo": "02a2a2fb5ecf425ca1bf",
+    "vangogh2photo": "362c3473e70be0944bda"}
 UNPAIRED = "trainA/ trainB/ (and testA/ testB/) with pictures, or train/A train/B test/A test/B"
 
 
@@ -253,11 +248,9 @@ def opened(path, size_only=False):
 
 
 def open_rgb(path):
-    """Any picture Pillow can read -> upright 8-bit RGB `PIL.Image`, on white where transparent.
-
-    More than 8 bits of grey: --range is black and white; otherwise 0 and, for integers, 65535, for
-    floats 1, or 255 if any exceeds 1. Not-a-number is black.
-    """
+    """Any picture Pillow can read -> upright 8-bit RGB `PIL.Image`, on white where transparent. Of
+    more than 8 bits of grey, --range is black and white, or else 0 and, for integers, 65535, for
+    floats 1, or 255 if any exceeds 1; not-a-number is black."""
     im = opened(path)
     if im.mode[0] in "IF":
         grey = np.asarray(im).astype(np.float64)
@@ -274,17 +267,14 @@ def open_rgb(path):
     return im.convert("RGB")
 
 
-def open_ids(path, otherwise=""):
+def open_ids(path):
     """A map of class or instance ids -> `PIL.Image` of mode L or I; palettes are read as indices.
-
-    otherwise: what to do with a picture of colours instead, the end of its `UserError`.
     """
     if Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".jpe"):
         raise UserError(f"{path}: JPEG changes ids, save label maps as PNG")
     im = opened(path)
     if im.mode not in ("P", "L", "1") and im.mode[0] != "I":
-        raise UserError(f"{path}: expected a map of ids with one channel, found {im.mode} pixels"
-                        + otherwise)
+        raise UserError(f"{path}: expected a map of ids with one channel, found {im.mode} pixels")
     return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
 
 
@@ -307,11 +297,8 @@ def to_pil(x):
 
 
 def list_pictures(path, below=False, suffixes=SUFFIXES):
-    """Sorted picture files of a folder, or [path] for a file; `UserError` if there are none.
-
-    below: in the folders below, too. Names that begin with a dot are left out, and what does not
-    end in one of the suffixes; one line counts these.
-    """
+    """Sorted picture files of a folder (below: and of those in it), or [path] for a file, less
+    names that begin with a dot or end otherwise (one line counts these); `UserError` if none."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -338,22 +325,19 @@ def by_name(files, root=None):
     return named
 
 
-def find_split(root, split, side, layout=UNPAIRED):
-    """Pictures of root/trainA or root/train/A (split 'train', side 'A'); layout: for the error."""
+def find_split(root, split, side):
+    """Pictures of root/trainA or root/train/A (split 'train', side 'A'); `UserError`."""
     tried = [Path(root, f"{split}{side}"), Path(root, split, side)]
     for folder in tried:
         if folder.is_dir():
             return list_pictures(folder)
-    raise UserError(f"{root}: found neither {tried[0]} nor {tried[1]}; expected {layout}")
+    raise UserError(f"{root}: found neither {tried[0]} nor {tried[1]}; expected {UNPAIRED}")
 
 
 def test_pictures(root, args, device, limit=None, square=False):
-    """{'x': (N, 3, H, W), 'y': ...} of the split --split, on the device.
-
-    Without a test split the training pictures stand in, and a printed line says so.
-    limit: that many, evenly spaced. square: resized to --size x --size, for the papers'
-    evaluation; otherwise to the first picture's size, because a grid has one size.
-    """
+    """{'x': (N, 3, H, W), 'y': ...} of the split --split, on the device; of training pictures, and
+    a line says so, where there is no test split. limit: that many, evenly spaced. square: resized
+    to --size x --size, as papers evaluate, else to the first one's size: a grid has one size."""
     split, found = args.split, {}
     if split == "test" and not Path(root, "testA").is_dir() and not Path(root, "test/A").is_dir():
         print(f"{root} has no test pictures: these are training pictures")
@@ -381,16 +365,14 @@ def at_side(size, path):
     if SIDE:
         return tuple(max(1, round(n * SIDE / min(size))) for n in size)
     if min(size) > 2 * TRAINED:
-        remark("side", f"{path}: {size[0]}x{size[1]} pixels, more than twice the scale that the "
-                       f"weights were trained at; --side {TRAINED} translates it at that one")
+        remark("side", f"{path}: {size[0]}x{size[1]} pixels, more than twice the scale of the "
+                       f"training; --side {TRAINED} is that scale")
     return size
 
 
 def translate_files(source, out, net):
-    """Write net((1, 3, H, W)) of a picture, or of each picture of a folder, to out/NAME.png.
-
-    With --side it sees them smaller, and what it gives (perhaps several side by side) grows back.
-    """
+    """Write net((1, 3, H, W)) of a picture, or of each of a folder, to out/NAME.png. With --side it
+    sees them smaller, and what it gives (perhaps several side by side) grows back."""
     def paint(path):
         im = open_rgb(path)
         w, h = at_side(im.size, path)
@@ -401,10 +383,8 @@ def translate_files(source, out, net):
 
 
 def paint_files(files, out, paint, keep=()):
-    """Write paint(file), a `PIL.Image`, of each file to out/NAME.png, none of `files` and `keep`.
-
-    A `UserError` of one file is raised when the others are done.
-    """
+    """Write paint(file), a `PIL.Image`, of each file to out/NAME.png, which is none of `files` and
+    `keep`; what cannot be read or painted (`UserError`) is raised when the others are done."""
     out, stems, errors = Path(out), Counter(f.stem for f in files), []
     sources = {Path(f).resolve() for f in (*files, *keep)}
     for f in tqdm(files, disable=len(files) == 1):
@@ -420,8 +400,7 @@ def paint_files(files, out, paint, keep=()):
     if len(files) > len(errors):
         print(f"{len(files) - len(errors)} translated: {target if len(files) == 1 else out}")
     if errors:
-        told = f"{len(errors)} of {len(files)} not translated: " if len(files) > 1 else ""
-        raise UserError(f"{told}{errors[0]}")
+        raise UserError(f"{len(errors)} of {len(files)} not translated: {errors[0]}")
 
 
 def save_grid(path, columns):
@@ -476,11 +455,8 @@ def lab(module, needed_by):
 
 
 def find_data(name, layout, known, draw_toy, root="datasets"):
-    """Folder of a data set: 'toy' is drawn, a folder is used, a known name is fetched once.
-
-    layout: which files a folder must hold, for the `UserError`. known: {name: (address, ...)} of
-    archives (zip, tar.gz) that the script can fetch. draw_toy: draws the toy set -> its folder.
-    """
+    """Folder of a data set: 'toy' is drawn by draw_toy(), a folder is used, a name that is known,
+    {name: (address of a zip or tar.gz, ...)}, is fetched once; `UserError` with the layout."""
     if name == "toy":
         return draw_toy()
     for folder in (Path(name), Path(root, name)):
@@ -509,27 +485,23 @@ def set_aside(path):
 
 
 def download(addresses, folder):
-    """Fetch the first archive that answers, unpack it into `folder` (less a single top folder).
-
-    https is tried before http. `folder` appears only once every member is there and its checksum
-    right. Returns it; `UserError` names the addresses, for doing it by hand.
-    """
+    """Fetch the first archive that answers, https before http, and unpack it into `folder`, less a
+    single top folder; returns that once all members are there and their checksums right, or a
+    `UserError` names the addresses, for doing it by hand."""
     errors, secure = [], [re.sub("^http:", "https:", address) for address in addresses]
     for address in dict.fromkeys((*secure, *addresses)):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".download", dir=folder.parent) as scratch:
                 archive, files = Path(scratch, Path(address).name), Path(scratch, "files")
-                known = SHA256.get(archive.name)
+                known, zipped = SHA256.get(archive.stem), archive.suffix == ".zip"
                 print(f"fetching {address}" + ", of which no checksum is known" * (not known))
                 torch.hub.download_url_to_file(address, str(archive), hash_prefix=known)
-                if archive.suffix == ".zip":
-                    unpacked = sum(m.file_size for m in zipfile.ZipFile(archive).infolist())
-                else:
-                    unpacked = sum(m.size for m in tarfile.open(archive))
-                if unpacked > 100 * archive.stat().st_size + 2**20:  # pictures hardly shrink
-                    raise OSError(f"{unpacked} bytes when unpacked, which no set of pictures has")
-                safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # tar: no links out
+                sizes = ([m.file_size for m in zipfile.ZipFile(archive).infolist()] if zipped
+                         else [m.size for m in tarfile.open(archive)])
+                if sum(sizes) > 100 * archive.stat().st_size + 2**20:  # pictures hardly shrink
+                    raise OSError(f"would unpack to {sum(sizes)} bytes")
+                safe = {} if zipped else {"filter": "data"}  # tar: no links out
                 shutil.unpack_archive(archive, files, **safe)
                 if not has_pictures(files):
                     raise OSError("no pictures in it")
@@ -564,24 +536,25 @@ class UserError(Exception):
 
 
 def entry(main):
-    """Run `main()`; a user's mistake or a full memory becomes one line and exit code 2, Ctrl-C 130.
-    """
+    """Run `main()`; a user's mistake or full memory is one line and exit code 2, Ctrl-C 130."""
     try:
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:  # a data-loader worker wraps it in a traceback: keep the last line
         message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+        time.sleep(2 * (os.environ.get("RANK", "0") != "0"))  # torchrun: the first one says it
     except BrokenPipeError:  # who read the output is gone, as after `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:  # CUDA, MPS and the CPU say it each in its way
-        known = re.search("out of memory|not enough memory|allocate memory", str(error))
-        if not known and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        lost = dist.is_initialized() and re.search("peer|Connection|NCCL", str(error))
+        if not lost and not re.search("of memory|enough memory|ate memory|MemoryE", repr(error)):
             raise
-        message = "out of memory: lower --size or --batch, or --side in --translate, or add --amp"
+        message = ("another process of this run has ended; --resume goes on" if lost else
+                   "out of memory: lower --size, --batch or, to translate, --side, or add --amp")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -607,17 +580,11 @@ def check_numbers(p, args):
                                 f"{low:g} to {high:g}")
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def base_parser(doc):
     """ArgumentParser with the flags that every script spells alike; `doc` is its docstring."""
-    p = Parser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(  # no usage: an error is one line
+        description=doc.strip().split("\n\n")[0], allow_abbrev=False, usage=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="toy", help="'toy', a folder, or a known data set's name")
     add("--out", help="run folder (runs/METHOD-DATA if not given), or that of translated pictures")
@@ -630,8 +597,7 @@ def base_parser(doc):
     add("--resume", action=switch, default=False, help="continue the run folder's last.pt")
     add("--weights", metavar="FILE", help="our last.pt or the authors' released file")
     add("--translate", metavar="PATH", help="translate a picture or a folder of them")
-    add("--side", type=int, metavar="N", help="translate with a short side of N pixels, and the "
-        "answer is resized back (the picture's own size)")
+    add("--side", type=int, metavar="N", help="translate as if the short side had N pixels")
     add("--evaluate", action=switch, default=False, help="compute the paper's metric")
     add("--split", choices=["test", "val"], default="test", help="pictures that are scored")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -642,13 +608,16 @@ def base_parser(doc):
 
 
 def parse_flags(p, argv, method, presets, run_name, channels_last=True):
-    """Parse in layers: paper defaults < `presets(args)` < saved configuration < command line.
+    """Parse in layers: paper defaults < presets(args) < saved configuration < command line.
 
-    presets: function of the roughly parsed args -> {flag: default}. The saved configuration is
-    that of --weights or --resume. run_name: function args -> 'METHOD-DATA', the run folder's name.
-    channels_last: whether this method is faster so on the CPU (measured: lab.bench).
+    presets: args -> {flag: default}. The saved configuration is that of --weights or --resume.
+    run_name: args -> 'METHOD-DATA'. channels_last: is this faster on the CPU (measured: lab.bench)?
     """
-    p.set_defaults(**presets(p.parse_known_args(argv)[0]))
+    first = p.parse_known_args(argv)[0]
+    chosen, without = presets(first), presets(argparse.Namespace(**vars(first) | {"data": "-"}))
+    if by_data := {k: v for k, v in chosen.items() if first.data != "toy" and v != without.get(k)}:
+        print(f"--data {first.data} sets " + ", ".join(f"{k} {v}" for k, v in by_data.items()))
+    p.set_defaults(**chosen)
     rough = p.parse_known_args(argv)[0]
     saved = rough.weights
     if rough.resume and not saved:
@@ -710,20 +679,16 @@ def load_file(path):
         hint = "; convert safetensors with torch.save" if Path(path).suffix != ".pt" else ""
         raise UserError(f"{path}: truncated, or not a file that can be loaded safely "
                         f"({type(error).__name__}{hint})") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]  # as training frameworks wrap it
-    if isinstance(state, dict) and all(isinstance(key, str) for key in state):
-        for prefix in ("module.", "_orig_mod."):  # DataParallel's and torch.compile's
-            if state and all(key.startswith(prefix) for key in state):
-                state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if isinstance(state, dict):  # as training frameworks, DataParallel and torch.compile wrap it
+        inner = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+        return {re.sub(r"^(module\.|_orig_mod\.)+", "", key) if isinstance(key, str) else key: value
+                for key, value in inner.items()}
     return state
 
 
 def load_checkpoint(path, method, foreign=False):
-    """A checkpoint written by `Run.save`, as a dict; `UserError` if another script wrote it.
-
-    foreign: return {} for a file that none of our scripts wrote, like the authors' weights.
-    """
+    """A checkpoint written by `Run.save`, as a dict; `UserError` if another script wrote it, or
+    none of ours did, like the authors' weights (foreign: then {})."""
     state = load_file(path)
     if not isinstance(state, dict) or "method" not in state:
         if foreign:
@@ -744,27 +709,28 @@ def load_parts(parts, states, path):
         try:
             state = states[name]
             if isinstance(part, torch.optim.Optimizer):
-                state = checked_state(part, state)
+                check_averages(part, state)
+                groups = part.state_dict()["param_groups"]  # a file does not choose the rates
+                state = {"state": state["state"], "param_groups": groups}
             elif any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all()
                      for t in state.values()):  # a history buffer's are lists
                 raise ValueError("weights that are not finite")
             part.load_state_dict(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: {name} does not fit the flags ({reason[:160]})") from None
 
 
-def checked_state(optimiser, given):
-    """What of a file's state may go into an optimiser: averages of the parameters' shapes, which
-    `load_state_dict` does not check, and a fused Adam would read past their end; `ValueError`."""
-    own = optimiser.state_dict()
-    if [g["params"] for g in given["param_groups"]] != [g["params"] for g in own["param_groups"]]:
+def check_averages(optimiser, given):
+    """`ValueError` unless a state dict has averages of the parameters' shapes: `load_state_dict`
+    does not look, and a fused Adam would read past their end."""
+    params = [p for group in optimiser.param_groups for p in group["params"]]
+    if [*range(len(params))] != [i for group in given["param_groups"] for i in group["params"]]:
         raise ValueError("another number of parameters")
-    for i, p in enumerate(p for group in optimiser.param_groups for p in group["params"]):
-        for key, average in given["state"].get(i, {}).items():
-            if average.numel() != 1 if key == "step" else average.shape != p.shape:
+    for i, state in given["state"].items():
+        for key, average in state.items():
+            if average.numel() != 1 if key == "step" else average.shape != params[i].shape:
                 raise ValueError(f"{key} of parameter {i} has the shape {tuple(average.shape)}")
-    return {"state": given["state"], "param_groups": own["param_groups"]}
 
 
 def pick_device(name=None):
@@ -809,8 +775,7 @@ def locked(folder):
     return file
 
 
-OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html", "result.json",
-             "last.pt.tmp", "config.json.tmp", "log.csv.tmp", "index.html.tmp", "result.json.tmp"}
+OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html", "result.json"}
 
 
 class Run:
@@ -826,8 +791,8 @@ class Run:
     is a function of (seed, step, process): the dataset is asked for sample numbers, `run.rng()` is
     equal on all processes, torch's own generator is seeded anew each step, differently on each.
     Under torchrun every optimiser steps on the mean of all processes' gradients, as one process
-    with the N-fold batch would, wherever the loss is a mean over independent pictures. Other parts
-    (history buffers, memory banks) are each process's own, and last.pt holds the first process's.
+    with the N-fold batch would, wherever the loss is a mean over independent pictures. History
+    buffers, memory banks and statistics are each process's own, and last.pt holds them all.
     """
 
     def __init__(self, method, args, chance=None):
@@ -840,43 +805,46 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        if self.world > 1 and not dist.is_initialized():  # a second run of one process
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.world > 1:
+            if not dist.is_initialized():  # else it is a second run of one process
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.hosts = dist.new_group(backend="gloo")  # words among CPUs, no GPU waits for them
         torch.manual_seed(args.seed)
 
     def resume_or_start(self, parts):
-        """Keep `parts` ({name: module or optimiser}) for saving; with --resume, fill them.
-
-        Without --resume a run folder that already holds a run is kept under another name.
-        """
+        """Keep `parts` ({name: module or optimiser}) for saving; with --resume, fill them; without,
+        a run that the folder already holds is kept under another name."""
         self.parts, last = parts, self.folder / "last.pt"
         for part in parts.values():
             if isinstance(part, torch.optim.Optimizer) and self.world > 1:
                 part.register_step_pre_hook(self._average_gradients)
         if self.args.resume:
             state = load_checkpoint(last, self.method)
-            load_parts(parts, state["parts"], last)
+            own = [{}, *state.get("others", [])]
+            if len(own) != self.world:
+                raise UserError(f"{last}: is of {len(own)} processes and cannot go on with "
+                                f"{self.world}: each has samples and buffers of its own")
+            load_parts(parts, {name: part | own[self.rank].get(name, {})
+                               for name, part in state["parts"].items()}, last)
             self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
         if self.rank == 0:
             try:
+                if last.exists() and not self.args.resume:
+                    locked(self.folder).close()
+                    set_aside(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = locked(self.folder)
-                others = sorted({f.name for f in self.folder.iterdir()} - OWN_FILES)
+                others = {f.name.removesuffix(".tmp") for f in self.folder.iterdir()} - OWN_FILES
                 if others and not last.exists():
                     raise UserError(f"--out {self.folder}: holds files that are not a run's "
-                                    f"({others[0]}), choose a new or empty folder")
-                if last.exists() and not self.args.resume:
-                    self.lock.close()
-                    set_aside(self.folder)
-                    self.folder.mkdir()
-                    self.lock = locked(self.folder)
-                (self.folder / "samples").mkdir(exist_ok=True)
+                                    f"({min(others)}), choose a new or empty folder")
+                for half in self.folder.rglob("*.tmp"):  # of a process that was killed
+                    half.unlink()
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
-                log = self.folder / "log.csv"
-                if log.exists() and log.stat().st_size:  # drop what the checkpoint lacks
-                    head, *rows = log.read_text(encoding="utf-8").splitlines(True)
-                    write_whole(log, head + "".join(r for r in rows if r.endswith("\n")
-                                                    and int(r.split(",")[0]) <= self.step))
+                if (log := self.folder / "log.csv").exists():  # drop what the checkpoint lacks
+                    rows = log.read_text(encoding="utf-8").splitlines(True)
+                    write_whole(log, "".join(row for i, row in enumerate(rows) if row[-1] == "\n"
+                                             and (i == 0 or int(row.split(",")[0]) <= self.step)))
             except (OSError, ValueError) as error:  # ValueError: '.' cannot be renamed
                 raise UserError(f"--out {self.folder}: cannot write there ({error})") from None
         if self.world > 1:
@@ -891,20 +859,36 @@ class Run:
         for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(mean.view_as(g))
 
+    def _expect_finite(self, name, finite):
+        if not finite:
+            raise UserError(f"{name} is not finite at step {self.step}: lower --lr, or leave out "
+                            f"--amp; {self.folder / 'last.pt'} is from before")
+
     def save(self):
-        """Write last.pt; `UserError`, and the old one stays, if the weights are spoilt."""
+        """Write last.pt, all processes together; `UserError`, and the old one stays, if the weights
+        are spoilt."""
         self._means()
+        parts, own = {name: part.state_dict() for name, part in self.parts.items()}, {}
         for name, part in self.parts.items():
-            if isinstance(part, nn.Module) and not all(p.isfinite().all()
-                                                       for p in part.parameters()):
-                raise UserError(f"{name} is not finite at step {self.step}: lower --lr, or leave "
-                                f"out --amp; {self.folder / 'last.pt'} is from before")
+            shared = dict(part.named_parameters()) if isinstance(part, nn.Module) else {}
+            self._expect_finite(name, all(p.isfinite().all() for p in shared.values()))
+            if not isinstance(part, torch.optim.Optimizer):
+                own[name] = {k: v for k, v in parts[name].items() if k not in shared}
+        others = self._gathered(own)[1:]
         if self.rank == 0:
-            state = {"method": self.method, "config": self.config, "chance": self.chance,
-                     "step": self.step, "seconds": self.seconds, "sums": self.sums,
-                     "parts": {name: part.state_dict() for name, part in self.parts.items()}}
-            write_whole(self.folder / "last.pt", partial(torch.save, state))
+            write_whole(self.folder / "last.pt", partial(torch.save, {
+                "method": self.method, "config": self.config, "chance": self.chance,
+                "step": self.step, "seconds": self.seconds, "sums": self.sums, "parts": parts,
+                "others": others}))
         self.saved = time.perf_counter()
+
+    def _gathered(self, mine):
+        """What the processes give, as a list on every one of them, on the CPU."""
+        if self.world == 1:
+            return [mine]
+        torch.save(mine, file := io.BytesIO())
+        dist.all_gather_object(every := [None] * self.world, file.getvalue(), self.hosts)
+        return [torch.load(io.BytesIO(given), "cpu", weights_only=True) for given in every]
 
     def rng(self):
         """CPU `torch.Generator` for this step's choices, the same on every process."""
@@ -913,10 +897,10 @@ class Run:
     def steps(self, dataset, total):
         """Yield (step, batch on the device) for the updates that are left of `total`.
 
-        `dataset[n]` must be the n-th sample of the whole run. Process r of w takes samples
-        r * batch ... of each group of w * batch. Ctrl-C (SIGTERM, SIGHUP) saves after the step and
-        exits; last.pt is also written with each grid, every five minutes, and at the end.
-        """
+        `dataset[n]` is the n-th sample of the run; process r of w takes samples r * batch ... of
+        each group of w * batch. last.pt is written with each grid, every five minutes, at the end,
+        after the step in which Ctrl-C came (SIGTERM, SIGHUP), and before an error that is not the
+        step's own."""
         if self.step >= total:
             print(f"nothing left to do: {self.folder} is at step {self.step} of {total}; "
                   "a larger --steps or --epochs goes on")
@@ -935,35 +919,51 @@ class Run:
         start = self.saved - self.seconds
         layouts = {4: torch.channels_last} if self.args.channels_last else {}
         try:
-            batches = iter(loader)
+            batches, begun = iter(loader), self.step
             if self.args.workers and hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker: not amid a step
-            for tensors in batches:
+            while True:
+                error = None
+                try:
+                    if self.step > begun and (self.step % self.args.log_every == 0
+                                              or self.step == total):
+                        self._write_log(group)
+                    if self.step < total:
+                        tensors = next(batches)
+                except Exception as caught:  # an unreadable picture, a full disk, a dead worker
+                    error = caught
+                self._save_if_due(error, total)
+                if self.step == total:
+                    break
                 torch.manual_seed(mix(self.args.seed, self.step, self.rank))
                 yield self.step, [t.to(self.device, non_blocking=True, memory_format=layouts.get(
                     t.dim(), torch.preserve_format)) for t in tensors]
                 self.step += 1
                 self.bar.update()
                 self.seconds = time.perf_counter() - start
-                if self.step % self.args.log_every == 0 or self.step == total:
-                    self._write_log(group)
-                if self.stop or time.perf_counter() - self.saved > 300:
-                    self.save()
-                if self.stop:
-                    self.bar.close()
-                    print(f"\nstopped at step {self.step} of {total}; the same command with "
-                          "--resume goes on", file=sys.stderr)
-                    raise KeyboardInterrupt
-        except Exception as error:  # an unreadable picture, a full disk, ...: between two steps
-            self.save()
-            if "DataLoader worker" in str(error) and not isinstance(error, UserError):
-                raise UserError(f"--workers {self.args.workers}: a process that reads pictures was "
-                                "killed (out of memory?); --resume goes on") from None
-            raise
         finally:
             self.bar.close()
             for stop, handler in before.items():
                 signal.signal(stop, handler)
+
+    def _save_if_due(self, error, total):
+        """Between two steps; what one process has met (3), its signal (2), its clock (1) is all's.
+        """
+        if "DataLoader worker" in str(error) and not isinstance(error, UserError):
+            error = UserError(f"--workers {self.args.workers}: a process that reads pictures was "
+                              "killed (out of memory?); --resume goes on")
+        todo = 3 if error else 2 if self.stop else int(time.perf_counter() - self.saved > 300)
+        todo, told = max(self._gathered((todo, str(error or ""))))
+        if todo:
+            self.save()
+        if todo == 3:
+            raise error or UserError(told)
+        if todo == 2:
+            self.bar.close()
+            if self.rank == 0:
+                print(f"\nstopped at step {self.step} of {total}; the same command with "
+                      "--resume goes on", file=sys.stderr)
+            raise KeyboardInterrupt
 
     def _interrupt(self, *_):
         if self.stop:  # the second Ctrl-C does not wait
@@ -971,21 +971,25 @@ class Run:
         self.stop = True
 
     def log(self, losses):
-        """Add one step's losses ({name: 0-d tensor}); kept on the device until a row is due."""
+        """Add one step's losses ({name: 0-d tensor}); kept on the device until a row is due. Where
+        a step has no such loss, None: a row without any repeats the latest."""
         for name, loss in losses.items():
-            total, n = self.sums.get(name, (0, 0))
-            self.sums[name] = total + loss.detach(), n + 1
+            total, n = self.sums.get(name, (0.0, 0))
+            if loss is not None:
+                total, n = (total if n else 0.0) + loss.detach(), n + 1
+            self.sums[name] = total, n
 
     def _means(self):
-        """{name: mean loss since the last row of log.csv}; `UserError` if one is not finite."""
-        means = {name: float(total) / n for name, (total, n) in self.sums.items()}
-        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-            raise UserError(f"{bad[0]} is not finite at step {self.step}: lower --lr, or leave out "
-                            f"--amp; {self.folder / 'last.pt'} is from before")
+        """{name: mean loss of all since the last row of log.csv}; `UserError` if not finite."""
+        every = self._gathered({k: float(total) / max(n, 1) for k, (total, n) in self.sums.items()})
+        means = {name: sum(mean[name] for mean in every) / self.world for name in every[0]}
+        for name, value in means.items():
+            self._expect_finite(name, math.isfinite(value))
         return means
 
     def _write_log(self, group):
-        means, self.sums = self._means(), {}
+        means = self._means()
+        self.sums = {name: (mean, 0) for name, mean in means.items()}
         chance = {name: f" (chance {value:.3g})" for name, value in self.chance.items()}
         texts = [f"{name} {value:.3f}{chance.get(name, '')}" for name, value in means.items()]
         texts.append(f"| {self.step * group / self.seconds:.3g} pictures/s")
@@ -1005,17 +1009,13 @@ class Run:
         self.save()
         if self.rank == 0:
             save_grid(self.folder / "samples" / f"step_{self.step:06d}.png", columns)
-            try:
-                page = lab("page", "index.html")
-            except UserError:  # a script on its own has no page
-                return
-            write_whole(self.folder / "index.html", page.page(self.folder, self.step, self.chance))
+            with contextlib.suppress(UserError):  # a script on its own has no page
+                page = lab("page", "index.html").page(self.folder, self.step, self.chance)
+                write_whole(self.folder / "index.html", page)
 
     def finish(self, scores):
-        """Write result.json and print the scores beside the trivial answers'.
-
-        scores: [{"name", "value", "better": "higher"|"lower", "trivial": {answer: value}}].
-        """
+        """Write result.json and print the scores, a list of {"name", "value", "better": "higher" or
+        "lower", "trivial": {answer: value}}."""
         if self.rank == 0:
             result = {"method": self.method, "data": self.args.data, "steps": self.step,
                       "seconds": round(self.seconds, 1), "scores": scores}

@@ -423,7 +423,7 @@ def F(path, args, size=None):
     face. size: (W, H) to be resized to, by nearest neighbours (code), or None: the file's own.
     """
     if args.label_kind == "ids":
-        im = common.open_ids(path, otherwise="; colours need --label-kind picture")
+        im = common.open_ids(path)
         ids = np.asarray(im.resize(size or im.size, Image.NEAREST)).astype(np.int64)  # (H, W)
         ids[ids == 255] = args.labels - 1
         if ids.min() < 0 or ids.max() >= args.labels:

@@ -714,12 +714,11 @@ def train(args):
     if args.data == "toy":
         preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
         print(f"toy preset instead of the paper's settings: {preset}")
-    losses = {"R1": torch.zeros(()), "R1_patch": torch.zeros(())}
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(swap_grid(in_use(nets), show, show[:4], args))
-        losses |= train_step(nets, x_D, x_G, args, run.rng(), step)
-        run.log(losses)  # with the latest R1, so that every row has it
+        losses = train_step(nets, x_D, x_G, args, run.rng(), step)
+        run.log({"R1": None, "R1_patch": None} | losses)  # so that every row has the latest
     run.save_samples(swap_grid(in_use(nets), show, show[:4], args))
     run.finish(truth_scores(in_use(nets), root, args, run.device) if args.data == "toy" else [])
 

@@ -118,7 +118,7 @@ def test_fid_needs_two_pictures_on_each_side(corners, fakes, reals):
 
 def test_fid_weights(tmp_path, hub, monkeypatch):
     pytest.importorskip("torch_fidelity", reason=INSTALL)
-    module = pytest.importorskip("torchmetrics.image.fid", reason=INSTALL)
+    pytest.importorskip("torchmetrics.image.fid", reason=INSTALL)
     with pytest.raises(UserError, match=r"absent\.pth: No such file"):
         metrics.fid([], [], CPU, str(tmp_path / "absent.pth"))
     torch.save(Marker(tmp_path / "touched"), tmp_path / "evil.pth")
