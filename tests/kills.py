@@ -25,18 +25,20 @@ def watch(folder, last):
     """Kill this process at its `last`-th file operation below `folder`; returns the counter."""
     folder, seen, fsync = os.path.abspath(folder), [], os.fsync
 
-    def operation(half=None):
+    def operation(half=None, empty=None):
         seen.append(1)
         if len(seen) == last:
             if half is not None:
                 os.ftruncate(half, os.fstat(half).st_size // 2)
+            if empty is not None and os.path.exists(empty):
+                os.truncate(empty, 0)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event, given):
         opens = event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if (opens or event in CHANGES) and isinstance(given[0], (str, os.PathLike)):
             if os.path.abspath(given[0]).startswith(folder):
-                operation()
+                operation(empty=given[0] if opens and given[2] & os.O_TRUNC else None)
 
     def half_written(file):
         operation(half=file)

@@ -907,6 +907,7 @@ def test_a_killed_run_repeats_what_it_had_not_saved(whole, tmp_path):
     with open(folder / "log.csv", "a") as f:
         f.write("1")  # a torn row
     (folder / "samples/step_000004.png").write_bytes(b"half a picture")
+    (folder / "samples/step_000003.png.tmp").write_text("which no one will write again")
     seen = []
     shutil.copytree(folder, tmp_path / "copy")
     tiny_run(tmp_path / "copy", 22, each=lambda run: seen.append(log_rows(run.folder)), resume=True)
