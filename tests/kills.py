@@ -1,17 +1,18 @@
 """Trainings that are killed: in copies of one process, forked, so that torch is imported once.
 
-    python kills.py SCRIPT FOLDER KILLS FLAGS...    # in an empty folder that becomes full of files
+    python kills.py SCRIPT FOLDER KILLS FLAGS...
 
-An uninterrupted run goes to FOLDER/whole. KILLS says when runs in FOLDER/run die: each number at
-that file operation (open, rename, remove, mkdir, or half-way through a file), each 'r' at random;
-every one resumes what the earlier ones left, the last goes on to the end. Prints how many really
-died; exits with 1, and says why, unless both folders then hold the same.
+An uninterrupted run goes to FOLDER/whole. Runs in FOLDER/run die KILLS times, three of four at a
+file operation (open, rename, remove, mkdir, or half-way through a file), one anywhere; each resumes
+what the one before has left. One that ends earlier is compared with the uninterrupted, and begun
+anew. Exits with 1, and says why, where weights, optimisers, log.csv, scores or pictures differ.
 """
 import contextlib
 import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -66,17 +67,19 @@ def forked(body):
         os._exit(99)
 
 
-def command(script, flags, out, operation=None, seconds=None):
-    """A training that dies at that file operation, or after that time of the CPU."""
+def command(script, flags, folder, operation=None, seconds=None):
+    """A training in a folder that dies at that file operation, or after that time of the CPU: its
+    exit code."""
     def body():
-        with open(out.with_suffix(".txt"), "a") as text, contextlib.redirect_stdout(text), \
+        os.chdir(folder)
+        with open("said.txt", "a") as text, contextlib.redirect_stdout(text), \
                 contextlib.redirect_stderr(text):
-            seen = watch(Path.cwd(), operation)
+            seen, start = watch(folder, operation), time.process_time()
             if seconds:
                 signal.setitimer(signal.ITIMER_PROF, seconds)  # no handler: it ends the process
-            resume = ["--resume"] if list(out.rglob("last.pt")) else []
-            script.main([*flags, "--out", str(out), *resume])
-        out.with_suffix(".count").write_text(str(len(seen)))
+            resume = ["--resume"] if list(Path("out").rglob("last.pt")) else []
+            script.main([*flags, "--out", "out", *resume])
+        Path("count").write_text(f"{len(seen)} {time.process_time() - start}")
     return forked(body)
 
 
@@ -113,38 +116,47 @@ def differences(a, b):
     return found + [str(f) for f in b.rglob("*.tmp")]
 
 
-def main(name, folder, kills, *flags):
-    """See above."""
-    script, folder, rng, died = importlib.import_module(name), Path(folder).resolve(), None, 0
-    folder.mkdir()
-    os.chdir(folder)
+def warm():
+    """What torch imports late, once for all copies."""
     import torch
 
     import lab.page  # noqa: F401
     torch.set_num_threads(1)
-    weight = torch.nn.Parameter(torch.zeros(1))  # what torch imports late, once for all copies
-    torch.optim.Adam([weight]).zero_grad()
+    weight = torch.nn.Parameter(torch.zeros(1))
     weight.sum().backward()
     torch.optim.Adam([weight]).step()
-    start = time.process_time()
-    code = command(script, flags, folder / "whole")
-    if code:
-        sys.exit(f"exit code {code}: " + (folder / "whole.txt").read_text()[-1500:])
-    count, rng = int((folder / "whole.count").read_text()), random.Random(kills)
-    span = os.times().children_user + os.times().children_system + time.process_time() - start
-    for kill in kills.split(","):
-        at = dict(seconds=rng.uniform(0.05, span)) if kill == "r" else dict(
-            operation=1 + round(float(kill) * (count - 1)))
-        code = command(script, flags, folder / "run", **at)
+
+
+def main(name, folder, kills, *flags):
+    """See above."""
+    script, folder, rng, died, ended = importlib.import_module(name), Path(folder), None, 0, 0
+    whole, run, rng = folder / "whole", folder / "run", random.Random(name)
+    warm()
+    for made in (whole, run):
+        made.mkdir(parents=True)
+
+    def fail(reason):
+        sys.exit(f"{name}: {reason}\n" + (run / "said.txt").read_text()[-1500:])
+
+    if code := command(script, flags, whole):
+        sys.exit(f"exit code {code}: " + (whole / "said.txt").read_text()[-1500:])
+    count, seconds = (whole / "count").read_text().split()
+    while True:
+        at = ({"seconds": rng.uniform(0.01, float(seconds))} if died % 4 == 3 else
+              {"operation": rng.randint(1, int(count))}) if died < int(kills) else {}
+        code = command(script, flags, run, **at)
         if code not in (0, -signal.SIGKILL, -signal.SIGPROF):
-            sys.exit(f"{name}, {at}: exit code {code}: "
-                     + (folder / "run.txt").read_text()[-1500:])
+            fail(f"{at}: exit code {code}")
         died += code != 0
-    code = command(script, flags, folder / "run")
-    found = differences(folder / "whole", folder / "run") if not code else [f"exit code {code}"]
-    print(f"{name}: {count} file operations, {died} of {len(kills.split(','))} kills")
-    if found:
-        sys.exit("\n".join(found) + (folder / "run.txt").read_text()[-800:])
+        if code == 0:
+            if found := differences(whole / "out", run / "out"):
+                fail("\n".join(found))
+            shutil.rmtree(run / "out")
+            count, seconds = (run / "count").read_text().split()
+            ended += 1
+            if not at:
+                break
+    print(f"{name}: {died} kills, {ended} runs that ended as the uninterrupted one")
 
 
 if __name__ == "__main__":
