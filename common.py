@@ -543,7 +543,7 @@ def entry(main):
         sys.exit(130)
     except UserError as error:  # a data-loader worker wraps it in a traceback: keep the last line
         message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
-        time.sleep(2 * (os.environ.get("RANK", "0") != "0"))  # torchrun: the first one says it
+        time.sleep(9 * (os.environ.get("RANK", "0") != "0"))  # torchrun: the first one says it
     except BrokenPipeError:  # who read the output is gone, as after `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -287,6 +287,105 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     assert child.returncode == 1
 
 
+# ---- several processes --------------------------------------------------------------------------
+
+
+def ranks(folder, body, processes=2):
+    """(exit code, lines of errors) of a program under torchrun."""
+    process = t.start(folder, body, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                      "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0")
+    err = process.communicate(timeout=300)[1]
+    return process.returncode, [line for line in err.splitlines() if "tiny.py: error: " in line]
+
+
+OWN = """
+    rank = int(os.environ["RANK"])
+
+    class History:  # as a pool of pictures: no module, each process's own
+        seen = []
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state):
+            self.seen = [*state["seen"]]
+
+    def train(total, resume=False, each=lambda run: None):
+        run = t.common.Run("tiny", t.tiny_args("run", resume=resume, log_every=1))
+        net, history = torch.nn.BatchNorm1d(3), History()
+        opt = torch.optim.SGD(net.parameters(), 0.1)
+        run.resume_or_start({"net": net, "opt": opt, "history": history})
+        for _, (x, _) in run.steps(t.Samples(bad=BAD.get(rank)), total):
+            opt.zero_grad()
+            loss = net(x).square().sum()
+            loss.backward()
+            opt.step()
+            history.seen = [*history.seen, x[0]]
+            run.log({"L_G": loss, "L_max": torch.tensor(1.0 + rank)})
+            each(run)
+        run.save()
+        torch.save((net.state_dict(), history.seen), f"{rank}-{resume}.pt")
+"""
+
+
+def test_every_process_gets_back_what_is_its_own(tmp_path):
+    assert ranks(tmp_path, OWN + """
+    BAD = {}
+    train(3)
+    train(5, resume=True)
+    """) == (0, [])
+    three, five = ([torch.load(tmp_path / f"{rank}-{resume}.pt") for rank in (0, 1)]
+                   for resume in (False, True))
+    for (_, before), (_, after) in zip(three, five, strict=True):
+        assert len(before) == 3 and len(after) == 5
+        t.assert_same(after[:3], before)
+    assert not torch.equal(five[0][0]["running_mean"], five[1][0]["running_mean"])
+    assert torch.equal(five[0][0]["weight"], five[1][0]["weight"])
+    assert [row[2] for row in t.log_rows(tmp_path / "run")] == ["1.5"] * 5  # the mean of all
+    saved = t.states(tmp_path / "run")
+    t.assert_same(saved["others"][0]["net"]["running_mean"], five[1][0]["running_mean"])
+    assert sorted(saved["others"][0]) == ["history", "net"]
+    assert "weight" not in saved["others"][0]["net"]  # what is equal is stored once
+    with pytest.raises(UserError, match=r"last\.pt: is of 2 processes and cannot go on with 1"):
+        t.tiny_run(tmp_path / "run", 9, resume=True)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_in_one_line_after_saving(tmp_path):
+    code, lines = ranks(tmp_path, OWN + """
+    BAD = {1: 14}                 # of the second process alone, in step 3
+    t.common.entry(lambda: train(9))
+    """)
+    assert code == 1  # torchrun's own
+    assert lines == ["tiny.py: error: photos/broken.png: no such file"]
+    assert t.states(tmp_path / "run")["step"] == 3
+
+
+@pytest.mark.slow
+def test_a_stop_of_one_process_is_everyones(tmp_path):
+    _, lines = ranks(tmp_path, OWN + """
+    BAD = {}
+    def stop(run):
+        if rank == 1 and run.step == 4:
+            run._interrupt()
+    t.common.entry(lambda: train(9, each=stop))
+    """)
+    assert lines == [] and t.states(tmp_path / "run")["step"] == 5
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_in_one_line(tmp_path):
+    _, lines = ranks(tmp_path, OWN + """
+    BAD = {}
+    def die(run):
+        if rank == 1 and run.step == 4:
+            os._exit(1)
+    t.common.entry(lambda: train(9, each=die))
+    """)
+    assert lines in ([], ["tiny.py: error: another process of this run has ended; --resume goes "
+                          "on"])
+
+
 # ---- flags --------------------------------------------------------------------------------------
 
 
