@@ -50,8 +50,7 @@ class InstanceNorm(nn.Module):
     WHY two kernels of one function: on the CPU (256 x 64 x 64, one thread), group norm's backward
     pass takes 20 ms on channels-last maps, batch norm's 2.7; on contiguous ones batch norm's
     forward pass takes 4.2 ms, group norm's 1.1. `nn.InstanceNorm2d` itself returns wrong input
-    gradients for batch 1 and a channels-last incoming gradient.
-    """
+    gradients for batch 1 and a channels-last incoming gradient."""
 
     def __init__(self, channels):
         super().__init__()
@@ -84,8 +83,7 @@ class PatchGAN(nn.Module):
     x (B, in_channels, H, W) -> logits (B, 1, H', W'), 30x30 for 256x256, or 35x35 with `padding` 2.
     n_layers: 3 sees 70x70 pixels (84x84 with `antialias`: BlurDown in place of stride 2).
     norm: a layer of a channel count, or None.
-    D(x, features=True) returns (logits, [activation of each stage before the last]).
-    """
+    D(x, features=True) returns (logits, [activation of each stage before the last])."""
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3, norm=InstanceNorm, spectral=False,
                  antialias=False, padding=1):
@@ -114,10 +112,8 @@ class VGG(nn.Module):
     """Frozen VGG (Simonyan & Zisserman 2015): x (B, 3, H, W) in [-1, 1] -> {tap: activation}.
 
     taps: names like 'relu4_1'. normalise: map [-1, 1] to ImageNet's mean and deviation first.
-    weights: 'imagenet' (torchvision's VGG-19, fetched once), 'random' (VGG-19, seeded: a much
-    weaker perceptual loss), or a FILE of VGG-19 or VGG-16 in torchvision's layout; `UserError`.
-    ceil_mode: pooling that keeps the last row and column of odd sizes (tiny pictures).
-    """
+    weights: 'imagenet' (VGG-19), 'random' (VGG-19, seeded: a much weaker loss), or a FILE of VGG-19
+    or VGG-16 in torchvision's layout; `UserError`. ceil_mode: pooling keeps odd borders."""
 
     def __init__(self, taps, weights="imagenet", normalise=True, ceil_mode=False):
         super().__init__()
@@ -211,9 +207,8 @@ Image.init()
 SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
-GREY = None  # --range: black and white of pictures with more than 8 bits of grey
-SIDE, TRAINED = None, math.inf  # --side, and the largest side that training resized pictures to
-SAID = {}
+GREY, SIDE = None, None  # --range: black and white of more than 8 bits of grey; --side
+TRAINED, SAID = math.inf, {}  # the largest side that training resized pictures to; remarks
 SHA256 = {  # of archives, its first 80 bits; from TensorFlow Datasets' url_checksums
     "apple2orange": "845a191e9af8926408ea", "cezanne2photo": "3a6c10ca21f9485862f1",
     "horse2zebra": "a74d9d392eecca9966b5", "iphone2dslr_flower": "8fcb5e374d631b107e1d",
@@ -241,10 +236,10 @@ def opened(path, size_only=False):
                 return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
             im.load()
             return im.transpose(TURNS[turn]) if turn in TURNS else im
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's readers raise a dozen types
-        raise UserError(f"{path}: not a readable picture ({error})") from None
+        absent = isinstance(error, FileNotFoundError)
+        reason = "no such file" if absent else f"not a readable picture ({error})"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def open_rgb(path):
@@ -258,8 +253,8 @@ def open_rgb(path):
         black, white = GREY or (0, 65535 if im.mode[0] == "I" else 255 if high > 1 else 1)
         grey = np.nan_to_num((grey - black) / (white - black) * 255).clip(0, 255).round()
         if len(np.unique(grey)) < 64 or ((grey > 0) & (grey < 255)).mean() < 0.5:
-            remark("grey", f"{path}: values from {low:g} to {high:g}, of which {black:g} is shown "
-                           f"black and {white:g} white; --range LOW HIGH sets that for all", most=5)
+            remark("grey", f"{path}: values from {low:g} to {high:g}, shown from {black:g} to "
+                           f"{white:g}; --range LOW HIGH sets that for all", most=5)
         im = Image.fromarray(grey.astype(np.uint8))
     if im.has_transparency_data:
         im = im.convert("RGBA")
@@ -268,21 +263,19 @@ def open_rgb(path):
 
 
 def open_ids(path):
-    """A map of class or instance ids -> `PIL.Image` of mode L or I; palettes are read as indices.
-    """
-    if Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif", ".jpe"):
-        raise UserError(f"{path}: JPEG changes ids, save label maps as PNG")
+    """A map of class or instance ids (a palette's are its indices) -> `PIL.Image`, mode L or I."""
+    expect(Path(path).suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".jpe"),
+           f"{path}: JPEG changes ids, save label maps as PNG")
     im = opened(path)
-    if im.mode not in ("P", "L", "1") and im.mode[0] != "I":
-        raise UserError(f"{path}: expected a map of ids with one channel, found {im.mode} pixels")
+    expect(im.mode in ("P", "L", "1") or im.mode[0] == "I",
+           f"{path}: expected a map of ids with one channel, found {im.mode} pixels")
     return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
 
 
 def check_same_size(picture, ids):
     """`UserError` if a picture and its map of ids are not of one size, as seen upright."""
     a, b = opened(picture, size_only=True), opened(ids, size_only=True)
-    if a != b:
-        raise UserError(f"{ids}: {b[0]}x{b[1]} pixels, but {picture} has {a[0]}x{a[1]}")
+    expect(a == b, f"{ids}: {b[0]}x{b[1]} pixels, but {picture} has {a[0]}x{a[1]}")
 
 
 def to_tensor(im):
@@ -302,14 +295,12 @@ def list_pictures(path, below=False, suffixes=SUFFIXES):
     path = Path(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
+    expect(path.is_dir(), f"{path}: no such file or folder")
     every = sorted(f for f in path.glob("**/*" if below else "*") if f.is_file()
                    and not any(part[0] == "." for part in f.relative_to(path).parts))
     files = [f for f in every if f.suffix.lower() in suffixes]
-    if not files:
-        kinds = "PNG, JPEG or what Pillow reads" if len(suffixes) > 9 else ", ".join(suffixes)
-        raise UserError(f"{path}: no pictures in this folder ({kinds})")
+    kinds = "PNG, JPEG or what Pillow reads" if len(suffixes) > 9 else ", ".join(suffixes)
+    expect(files, f"{path}: no pictures in this folder ({kinds})")
     if others := Counter(f.suffix or f.name for f in every if f.suffix.lower() not in suffixes):
         remark(path, f"{path}: left out " + ", ".join(f"{n} {s}" for s, n in others.items()))
     return files
@@ -320,18 +311,16 @@ def by_name(files, root=None):
     named = {}
     for f in files:
         key = f.relative_to(root).with_suffix("").as_posix() if root else f.stem
-        if named.setdefault(key, f) != f:
-            raise UserError(f"{f} and {named[key]}: two files of one name")
+        expect(named.setdefault(key, f) == f, f"{f} and {named[key]}: two files of one name")
     return named
 
 
 def find_split(root, split, side):
     """Pictures of root/trainA or root/train/A (split 'train', side 'A'); `UserError`."""
     tried = [Path(root, f"{split}{side}"), Path(root, split, side)]
-    for folder in tried:
-        if folder.is_dir():
-            return list_pictures(folder)
-    raise UserError(f"{root}: found neither {tried[0]} nor {tried[1]}; expected {UNPAIRED}")
+    found = next(filter(Path.is_dir, tried), None)
+    expect(found, f"{root}: found neither {tried[0]} nor {tried[1]}; expected {UNPAIRED}")
+    return list_pictures(found)
 
 
 def test_pictures(root, args, device, limit=None, square=False):
@@ -362,12 +351,9 @@ def same_size(net, x, multiple):
 
 def at_side(size, path):
     """(width, height) at which a picture of that size is translated: its own, or by --side."""
-    if SIDE:
-        return tuple(max(1, round(n * SIDE / min(size))) for n in size)
-    if min(size) > 2 * TRAINED:
-        remark("side", f"{path}: {size[0]}x{size[1]} pixels, more than twice the scale of the "
-                       f"training; --side {TRAINED} is that scale")
-    return size
+    if not SIDE and min(size) > 2 * TRAINED:
+        remark("side", f"{path}: more than twice the scale of the training; --side {TRAINED} is it")
+    return tuple(max(1, round(n * (SIDE or min(size)) / min(size))) for n in size)
 
 
 def translate_files(source, out, net):
@@ -389,8 +375,8 @@ def paint_files(files, out, paint, keep=()):
     sources = {Path(f).resolve() for f in (*files, *keep)}
     for f in tqdm(files, disable=len(files) == 1):
         name = f.stem if stems[f.stem] == 1 else f.name  # a.jpg and a.png must not collide
-        if (target := out / f"{name}.png").resolve() in sources:
-            raise UserError(f"--out {out}: {target} would be overwritten, choose another folder")
+        target = out / f"{name}.png"
+        expect(target.resolve() not in sources, f"--out {out}: {target} would be overwritten")
         try:
             picture = paint(f)
         except UserError as error:
@@ -443,15 +429,14 @@ def write_whole(path, content):
 # ==== 3. Data sets ============================================================================
 
 
-def lab(module, needed_by):
+def lab(module, user):
     """The module lab.NAME, which only the whole repository has; `UserError` if it is not there."""
     try:
         return importlib.import_module(f"lab.{module}")
     except ModuleNotFoundError as error:
         if error.name in ("lab", f"lab.{module}"):
-            raise UserError(f"{needed_by} needs the folder lab/ of the repository") from None
-        raise UserError(f"{needed_by} needs {error.name}: pip install -r "
-                        "lab/requirements.txt") from None
+            raise UserError(f"{user} needs the folder lab/ of the repository") from None
+        raise UserError(f"{user} needs {error.name}: pip install -r lab/requirements.txt") from None
 
 
 def find_data(name, layout, known, draw_toy, root="datasets"):
@@ -462,9 +447,8 @@ def find_data(name, layout, known, draw_toy, root="datasets"):
     for folder in (Path(name), Path(root, name)):
         if folder.is_dir() and (name not in known or has_pictures(folder)):
             return folder
-    if name not in known:
-        raise UserError(f"--data {name}: no such folder (looked for {name} and {folder}); expected "
-                        f"{layout}, or one of: {', '.join(['toy', *known])}")
+    expect(name in known, f"--data {name}: no such folder (looked for {name} and {folder}); "
+                          f"expected {layout}, or one of: {', '.join(['toy', *known])}")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return download(known[name], folder)
     while not has_pictures(folder):  # torchrun: the first process of a machine fetches it
@@ -505,8 +489,6 @@ def download(addresses, folder):
                 shutil.unpack_archive(archive, files, **safe)
                 if not has_pictures(files):
                     raise OSError("no pictures in it")
-                if folder.exists():
-                    set_aside(folder)
                 inside = list(files.iterdir())
                 single = len(inside) == 1 and inside[0].is_dir()
                 return (inside[0] if single else files).rename(folder)
@@ -533,6 +515,12 @@ def rate(step, total, decay_from):
 
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+def expect(fine, message):
+    """`UserError` with that message unless it is fine."""
+    if not fine:
+        raise UserError(message)
 
 
 def entry(main):
@@ -572,12 +560,11 @@ LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | {
 def check_numbers(p, args):
     """`UserError` if a number is not finite, negative, or 0 where it counts something."""
     for action in p._actions:
-        given = getattr(args, action.dest, None)
+        given, flag = getattr(args, action.dest, None), action.option_strings[0]
         low, high = LIMITS.get(action.dest, (0, 1e9))
         for value in given if isinstance(given, (list, tuple)) else [given]:
-            if type(value) in (int, float) and not low <= value <= high:
-                raise UserError(f"{action.option_strings[0]} {value}: expected a number from "
-                                f"{low:g} to {high:g}")
+            expect(type(value) not in (int, float) or low <= value <= high,
+                   f"{flag} {value}: expected a number from {low:g} to {high:g}")
 
 
 def base_parser(doc):
@@ -600,8 +587,7 @@ def base_parser(doc):
     add("--side", type=int, metavar="N", help="translate as if the short side had N pixels")
     add("--evaluate", action=switch, default=False, help="compute the paper's metric")
     add("--split", choices=["test", "val"], default="test", help="pictures that are scored")
-    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="black and white of pictures with more than 8 bits of grey")
+    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="deep greys' black and white")
     add("--log-every", type=int, default=20, help="steps between rows of log.csv")
     add("--sample-every", type=int, default=1000, help="steps between sample grids")
     return p
@@ -611,29 +597,22 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
     """Parse in layers: paper defaults < presets(args) < saved configuration < command line.
 
     presets: args -> {flag: default}. The saved configuration is that of --weights or --resume.
-    run_name: args -> 'METHOD-DATA'. channels_last: is this faster on the CPU (measured: lab.bench)?
-    """
-    first = p.parse_known_args(argv)[0]
-    chosen, without = presets(first), presets(argparse.Namespace(**vars(first) | {"data": "-"}))
-    if by_data := {k: v for k, v in chosen.items() if first.data != "toy" and v != without.get(k)}:
-        print(f"--data {first.data} sets " + ", ".join(f"{k} {v}" for k, v in by_data.items()))
-    p.set_defaults(**chosen)
+    run_name: args -> 'METHOD-DATA'. channels_last: whether it is faster on the CPU (lab.bench)."""
+    p.set_defaults(**presets(p.parse_known_args(argv)[0]))
     rough = p.parse_known_args(argv)[0]
     saved = rough.weights
     if rough.resume and not saved:
         saved = Path(rough.out or Path("runs", run_name(rough)), "last.pt")
-        if not saved.exists():
-            raise UserError(f"--resume: no checkpoint at {saved}; start without --resume")
+        expect(saved.exists(), f"--resume: no checkpoint at {saved}; start without --resume")
     if saved:
         config = load_checkpoint(saved, method, foreign=True).get("config", {})
         p.set_defaults(**saved_flags(p, config, saved, own=rough.resume))
     args = p.parse_args(argv)
     check_numbers(p, args)
-    if args.range and not args.range[0] < args.range[1]:
-        raise UserError("--range {:g} {:g}: a smaller and a larger value".format(*args.range))
-    scales = (vars(args).get(name) or 0 for name in ("size", "load", "scale"))
-    globals().update(GREY=args.range, SIDE=args.side,
-                     TRAINED=max(max(s) if isinstance(s, list) else s for s in scales))
+    low, high = args.range or (0, 1)
+    expect(low < high, f"--range {low:g} {high:g}: a smaller and a larger value")
+    trained = max(np.max(vars(args).get(name) or 0) for name in ("size", "load", "scale"))
+    globals().update(GREY=args.range, SIDE=args.side, TRAINED=trained)
     if args.channels_last is None:
         args.channels_last = channels_last or pick_device(args.device).type != "cpu"
     args.run_folder = args.out or str(Path("runs", run_name(args)))
@@ -667,18 +646,16 @@ def saved_flags(p, config, source, own):
 def load_file(path):
     """`torch.load` on the CPU with `weights_only=True`; `UserError` if that is not possible."""
     try:
-        if zipfile.is_zipfile(path) and 2 * os.path.getsize(path) + 2**20 < sum(
-                member.file_size for member in zipfile.ZipFile(path).infolist()):
-            raise UserError(f"{path}: a compressed archive, not a file that torch.save wrote")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        bomb = zipfile.is_zipfile(path) and 2 * os.path.getsize(path) + 2**20 < sum(
+            member.file_size for member in zipfile.ZipFile(path).infolist())
+        state = None if bomb else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a broken file can raise anything
         hint = "; convert safetensors with torch.save" if Path(path).suffix != ".pt" else ""
         raise UserError(f"{path}: truncated, or not a file that can be loaded safely "
                         f"({type(error).__name__}{hint})") from None
+    expect(not bomb, f"{path}: a compressed archive, not a file that torch.save wrote")
     if isinstance(state, dict):  # as training frameworks, DataParallel and torch.compile wrap it
         inner = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
         return {re.sub(r"^(module\.|_orig_mod\.)+", "", key) if isinstance(key, str) else key: value
@@ -691,15 +668,13 @@ def load_checkpoint(path, method, foreign=False):
     none of ours did, like the authors' weights (foreign: then {})."""
     state = load_file(path)
     if not isinstance(state, dict) or "method" not in state:
-        if foreign:
-            return {}
-        raise UserError(f"{path}: not a checkpoint of {method}.py")
-    if state["method"] != method:
-        raise UserError(f"{path}: written by {state['method']}.py, not by {method}.py")
-    for name, kind in {"config": dict, "parts": dict, "step": int, "seconds": float,
-                       "sums": dict}.items():
-        if not isinstance(state.get(name), kind):
-            raise UserError(f"{path}: damaged, its {name!r} is no {kind.__name__}")
+        expect(foreign, f"{path}: not a checkpoint of {method}.py")
+        return {}
+    writer, fields = state["method"], {"config": dict, "parts": dict, "step": int, "seconds": float}
+    expect(writer == method, f"{path}: written by {writer}.py, not by {method}.py")
+    for name, kind in (fields | {"sums": dict}).items():
+        expect(isinstance(state.get(name), kind),
+               f"{path}: damaged, its {name!r} is no {kind.__name__}")
     return state
 
 
@@ -708,29 +683,21 @@ def load_parts(parts, states, path):
     for name, part in parts.items():
         try:
             state = states[name]
-            if isinstance(part, torch.optim.Optimizer):
-                check_averages(part, state)
-                groups = part.state_dict()["param_groups"]  # a file does not choose the rates
-                state = {"state": state["state"], "param_groups": groups}
+            if isinstance(part, torch.optim.Optimizer):  # a file does not choose the rates
+                groups = zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)
+                state = {"state": state["state"],
+                         "param_groups": [own | {"params": its["params"]} for own, its in groups]}
             elif any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all()
                      for t in state.values()):  # a history buffer's are lists
                 raise ValueError("weights that are not finite")
             part.load_state_dict(state)
+            averages = getattr(part, "state", {}).items()  # of an optimiser; torch does not look
+            for p, key, t in ((p, *pair) for p, state in averages for pair in state.items()):
+                if t.shape != (() if key == "step" else p.shape):  # Adam would read past their end
+                    raise ValueError(f"{key} has the shape {tuple(t.shape)}")
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: {name} does not fit the flags ({reason[:160]})") from None
-
-
-def check_averages(optimiser, given):
-    """`ValueError` unless a state dict has averages of the parameters' shapes: `load_state_dict`
-    does not look, and a fused Adam would read past their end."""
-    params = [p for group in optimiser.param_groups for p in group["params"]]
-    if [*range(len(params))] != [i for group in given["param_groups"] for i in group["params"]]:
-        raise ValueError("another number of parameters")
-    for i, state in given["state"].items():
-        for key, average in state.items():
-            if average.numel() != 1 if key == "step" else average.shape != params[i].shape:
-                raise ValueError(f"{key} of parameter {i} has the shape {tuple(average.shape)}")
 
 
 def pick_device(name=None):
@@ -750,6 +717,7 @@ def mix(*numbers):
 
 
 STOPS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html", "result.json"}
 
 
 def start_worker(grey, _):
@@ -764,22 +732,15 @@ def locked(folder):
     """An open file that no other process can lock before this one ends; `UserError` if one has."""
     file = open(folder / "lock", "w")
     try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if hasattr(os, "lockf"):  # not on Windows
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
     except OSError:
         raise UserError(f"--out {folder}: another run is writing there") from None
     return file
 
 
-OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html", "result.json"}
-
-
 class Run:
-    """One training run: device, processes, folder, log, grids, checkpoints, progress.
+    """One training run.
 
         run = Run("cut", args, chance={"D": 0.25})           # chance: what a coin would get
         run.resume_or_start({"G": G, "opt_G": opt_G})        # what last.pt holds
@@ -787,13 +748,11 @@ class Run:
             run.log({"L_GAN": loss})                         # 0-d tensors
         run.finish(scores)
 
-    A resumed run ends, on the CPU, bit-identical to one that never stopped, because all randomness
-    is a function of (seed, step, process): the dataset is asked for sample numbers, `run.rng()` is
-    equal on all processes, torch's own generator is seeded anew each step, differently on each.
-    Under torchrun every optimiser steps on the mean of all processes' gradients, as one process
-    with the N-fold batch would, wherever the loss is a mean over independent pictures. History
-    buffers, memory banks and statistics are each process's own, and last.pt holds them all.
-    """
+    A resumed run ends, on the CPU, bit-identical to one that never stopped: all randomness is a
+    function of (seed, step, process). `run.rng()` is equal on all processes, torch's own generator
+    not. Under torchrun every optimiser steps on the mean of all processes' gradients, as one with
+    the N-fold batch would, wherever the loss is a mean over independent pictures. History buffers,
+    memory banks and statistics are each process's own, and last.pt holds them all."""
 
     def __init__(self, method, args, chance=None):
         self.method, self.args, self.chance = method, args, chance or {}
@@ -820,12 +779,8 @@ class Run:
                 part.register_step_pre_hook(self._average_gradients)
         if self.args.resume:
             state = load_checkpoint(last, self.method)
-            own = [{}, *state.get("others", [])]
-            if len(own) != self.world:
-                raise UserError(f"{last}: is of {len(own)} processes and cannot go on with "
-                                f"{self.world}: each has samples and buffers of its own")
-            load_parts(parts, {name: part | own[self.rank].get(name, {})
-                               for name, part in state["parts"].items()}, last)
+            own = dict(enumerate(state.get("others", []), start=1)).get(self.rank, {})
+            load_parts(parts, {k: v | own.get(k, {}) for k, v in state["parts"].items()}, last)
             self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
         if self.rank == 0:
             try:
@@ -835,9 +790,8 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = locked(self.folder)
                 others = {f.name.removesuffix(".tmp") for f in self.folder.iterdir()} - OWN_FILES
-                if others and not last.exists():
-                    raise UserError(f"--out {self.folder}: holds files that are not a run's "
-                                    f"({min(others)}), choose a new or empty folder")
+                expect(last.exists() or not others, f"--out {self.folder}: holds files that are "
+                       f"not a run's ({', '.join(sorted(others))[:60]})")
                 for half in self.folder.rglob("*.tmp"):  # of a process that was killed
                     half.unlink()
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
@@ -860,9 +814,8 @@ class Run:
             g.copy_(mean.view_as(g))
 
     def _expect_finite(self, name, finite):
-        if not finite:
-            raise UserError(f"{name} is not finite at step {self.step}: lower --lr, or leave out "
-                            f"--amp; {self.folder / 'last.pt'} is from before")
+        expect(finite, f"{name} is not finite at step {self.step}: lower --lr, or leave out --amp; "
+                       f"{self.folder / 'last.pt'} is from before")
 
     def save(self):
         """Write last.pt, all processes together; `UserError`, and the old one stays, if the weights
@@ -899,11 +852,9 @@ class Run:
 
         `dataset[n]` is the n-th sample of the run; process r of w takes samples r * batch ... of
         each group of w * batch. last.pt is written with each grid, every five minutes, at the end,
-        after the step in which Ctrl-C came (SIGTERM, SIGHUP), and before an error that is not the
-        step's own."""
+        after Ctrl-C (SIGTERM, SIGHUP), and before an error that is not the step's own."""
         if self.step >= total:
-            print(f"nothing left to do: {self.folder} is at step {self.step} of {total}; "
-                  "a larger --steps or --epochs goes on")
+            print(f"nothing left to do: {self.step} of {total} steps are done (--steps, --epochs)")
             return
         batch, group = self.args.batch, self.args.batch * self.world
         starts = range(self.step * group + self.rank * batch, total * group, group)
@@ -947,11 +898,9 @@ class Run:
                 signal.signal(stop, handler)
 
     def _save_if_due(self, error, total):
-        """Between two steps; what one process has met (3), its signal (2), its clock (1) is all's.
-        """
+        """Between steps; what a process has met (3), its signal (2) or clock (1) is all's."""
         if "DataLoader worker" in str(error) and not isinstance(error, UserError):
-            error = UserError(f"--workers {self.args.workers}: a process that reads pictures was "
-                              "killed (out of memory?); --resume goes on")
+            error = UserError("--workers: a process that reads pictures was killed, out of memory?")
         todo = 3 if error else 2 if self.stop else int(time.perf_counter() - self.saved > 300)
         todo, told = max(self._gathered((todo, str(error or ""))))
         if todo:
@@ -1014,8 +963,7 @@ class Run:
                 write_whole(self.folder / "index.html", page)
 
     def finish(self, scores):
-        """Write result.json and print the scores, a list of {"name", "value", "better": "higher" or
-        "lower", "trivial": {answer: value}}."""
+        """Write result.json and print the scores, {"name", "value", "better", "trivial": {...}}."""
         if self.rank == 0:
             result = {"method": self.method, "data": self.args.data, "steps": self.step,
                       "seconds": round(self.seconds, 1), "scores": scores}
@@ -1028,6 +976,5 @@ def print_scores(scores):
     """One line per score: 'name: value +- sd (lower is better; answer: value, ...)'."""
     for s in scores:
         spread = f" +- {s['sd']:.3g}" if "sd" in s else ""
-        trivial = "; ".join(f"{k}: {v:.4g}" for k, v in s.get("trivial", {}).items())
-        remarks = f"{s['better']} is better" + (f"; {trivial}" if trivial else "")
-        print(f"{s['name']}: {s['value']:.4g}{spread} ({remarks})")
+        trivial = "".join(f"; {k}: {v:.4g}" for k, v in s.get("trivial", {}).items())
+        print(f"{s['name']}: {s['value']:.4g}{spread} ({s['better']} is better{trivial})")

@@ -151,6 +151,9 @@ def get_args(argv=None):
         return {"batch": share, "load": round(args.size * 286 / 256)} | kind
 
     args = common.parse_flags(p, argv, "spade", presets, run_name)
+    if args.data != "toy" and (kind := presets(args).keys() - {"batch", "load"}):
+        print(f"settings by the name or layout of {args.data}: "
+              + ", ".join(f"{k} {getattr(args, k)}" for k in sorted(kind)))
     args.height = args.height or args.size
     for flag, value in (("--size", args.size), ("--height", args.height)):
         if value < 16 or value % 2**args.doublings:

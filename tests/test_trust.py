@@ -273,7 +273,7 @@ def test_a_dead_worker_is_said_in_one_line_after_saving(tmp_path):
     """)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("tiny.py: error: --workers 1: a process that reads")
+    assert err.splitlines()[-1].startswith("tiny.py: error: --workers: a process that reads")
     assert t.states(tmp_path / "run")["step"] >= 6
 
 
@@ -346,8 +346,21 @@ def test_every_process_gets_back_what_is_its_own(tmp_path):
     t.assert_same(saved["others"][0]["net"]["running_mean"], five[1][0]["running_mean"])
     assert sorted(saved["others"][0]) == ["history", "net"]
     assert "weight" not in saved["others"][0]["net"]  # what is equal is stored once
-    with pytest.raises(UserError, match=r"last\.pt: is of 2 processes and cannot go on with 1"):
-        t.tiny_run(tmp_path / "run", 9, resume=True)
+
+
+@pytest.mark.slow
+def test_more_processes_than_before_go_on(tmp_path):
+    """Who was not there begins with what the first had; with fewer, too."""
+    for processes, total, resume in ((2, 3, False), (3, 4, True)):
+        assert ranks(tmp_path, OWN + f"""
+    BAD = {{}}
+    train({total}, {resume})
+    """, processes) == (0, [])
+    three = [torch.load(tmp_path / f"{rank}-False.pt")[1] for rank in range(2)]
+    four = [torch.load(tmp_path / f"{rank}-True.pt")[1] for rank in range(3)]
+    t.assert_same([history[:3] for history in four], [three[0], three[1], three[0]])
+    assert [len(history) for history in four] == [4, 4, 4]
+    assert len(t.states(tmp_path / "run")["others"]) == 2
 
 
 @pytest.mark.slow
