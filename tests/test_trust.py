@@ -27,7 +27,8 @@ from common import UserError
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr(common, "SAID", {})
-    monkeypatch.setattr(common, "GREY", None)
+    for name, value in (("GREY", None), ("SIDE", None), ("TRAINED", common.math.inf)):
+        monkeypatch.setattr(common, name, value)
 
 
 def stored(path, array, turn=None, **how):
@@ -105,6 +106,45 @@ def test_damaged_tags_are_no_obstacle(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + turn + resolution + bytes(4)
     Image.fromarray(ids).save(tmp_path / "a.jpg", exif=exif)
     assert common.open_rgb(tmp_path / "a.jpg").size == (2, 3)
+
+
+@pytest.mark.parametrize("side, seen", [(None, (90, 60)), (20, (30, 20)), (120, (180, 120))])
+def test_side_is_what_the_net_sees_and_the_answer_has_the_pictures_size(tmp_path, monkeypatch, side,
+                                                                        seen):
+    ramp = np.linspace(0, 255, 90)[None, :, None].repeat(60, 0).repeat(3, 2).astype(np.uint8)
+    path, sizes = stored(tmp_path / "a.jpg", np.rot90(ramp).copy(), turn=6), []
+    monkeypatch.setattr(common, "SIDE", side)
+
+    def net(x):
+        sizes.append(x.shape)
+        return torch.cat([x, -x], dim=3)  # two answers side by side
+    common.translate_files(path, tmp_path / "out", net)
+    assert sizes == [(1, 3, *seen[::-1])]
+    answer = np.asarray(Image.open(tmp_path / "out/a.png")).astype(float)
+    assert answer.shape == (60, 180, 3)
+    assert abs(answer[:, :90] - ramp).max() < 16 and abs(answer[:, 90:] - 255 + ramp).max() < 16
+
+
+def test_a_photo_beyond_the_scale_of_training_is_named_once(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        stored(tmp_path / f"{i}.png", np.zeros((65, 130, 3), np.uint8))
+    for trained, side, said in ((33, None, 0), (32, None, 1), (32, 64, 0)):
+        monkeypatch.setattr(common, "SAID", {})
+        monkeypatch.setattr(common, "TRAINED", trained)
+        monkeypatch.setattr(common, "SIDE", side)
+        common.translate_files(tmp_path, tmp_path / "out", lambda x: x)
+        err = capsys.readouterr().err
+        assert err.count("0.png: more than twice the scale of the training; --side 32") == said
+        assert err.count("--side") == said
+
+
+def test_the_scale_of_training_is_that_of_the_flags(tmp_path, monkeypatch):
+    import sincut
+    for flags, scale in (((), 32), (("--size", "64", "--tile", "64"), 64)):
+        sincut.get_args(["--data", "x", *flags, "--scale", "20", str(scale)])
+        assert common.TRAINED == max(scale, 128 if not flags else 64) and common.SIDE is None
+    t.flags("--side", "90")
+    assert common.SIDE == 90
 
 
 def test_one_broken_picture_does_not_stop_the_others(tmp_path, capsys):
