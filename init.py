@@ -378,12 +378,13 @@ def read_boxes(root, files):
         table = dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; expected {BOXES}; --method munit needs none") from None
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); expected {BOXES}") from None
     for file in files:
         name = os.fsencode(Path(file).relative_to(root).as_posix()).decode(errors="replace")
         key = name if name in table else Path(name).name  # UTF-8, whatever the locale is
-        for entry in table.get(key, []):
+        entries = table.get(key, [])
+        for entry in entries if isinstance(entries, list) else [entries]:
             try:
                 x0, y0, x1, y1 = box = entry["box"]
                 w, h = common.opened(file, size_only=True)
@@ -393,6 +394,8 @@ def read_boxes(root, files):
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{path}: {key}: found {entry}; expected {BOXES}") from None
             found.setdefault(file, []).append((x0, y0, x1, y1))
+    if found and max(side for boxes in found.values() for box in boxes for side in box) <= 1:
+        raise UserError(f"{path}: boxes in shares of 1, in pixels are expected: {BOXES}")
     return found
 
 

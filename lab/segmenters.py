@@ -11,6 +11,7 @@ Pictures are (B, 3, H, W) in [-1, 1], label maps (B, H, W) of integers.
 """
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,8 +115,7 @@ def train(sample, classes, device, steps, seed=0, path=None, batch=8, weights=No
         opt.step()
         schedule.step()
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(net.state_dict(), path)
+        common.write_whole(path, partial(torch.save, net.state_dict()))
     return net.eval()
 
 

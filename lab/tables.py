@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -31,7 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import UserError, entry, pick_device
+from common import UserError, entry, pick_device, write_whole
 from lab import variants
 
 MODELS = re.findall("model name.*: (.+)", Path("/proc/cpuinfo").read_text()
@@ -306,9 +305,7 @@ class Series:
                   "steps": result["steps"], "seconds": result["seconds"], "scores": scores,
                   "source": source, "torch": torch.__version__, "threads": 1,
                   "cpu": MODELS[0] if MODELS else platform.processor() or platform.machine()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        write_whole(path, json.dumps(record, indent=1) + "\n")
 
     def stop(self, number, _):
         """Hand a signal on: the running scripts save, and no more are started."""

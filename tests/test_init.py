@@ -479,13 +479,23 @@ def test_pictures_without_usable_boxes_train_munit_only(folder, capsys):
     ({"box": [4, 6, 50, 30]}, "not inside"), ({"box": [-1, 6, 9, 30]}, "[-1, 6, 9, 30]"),
     ({"box": [4, 6, 4, 30]}, "empty"), ({"box": [9, 6, 4, 30]}, "inverted"),
     ({"box": [4, 6, 9]}, "expected"), ({"label": "car"}, "expected"), ("car", "expected"),
-    ({"box": [4, 6, "9", 30]}, "expected")])
+    ({"box": [4, 6, "9", 30]}, "expected"), (None, "expected"), (7, "expected")])
 def test_bad_boxes_are_named(folder, tmp_path, capsys, entry, words):
     table = {"trainA/2.png": [{"box": [0, 0, 48, 40]}, entry], "trainB/2.png": []}
     (folder / "boxes.json").write_text(json.dumps(table))
     line = error_of(capsys, init.main, "--data", folder, *TINY, "--out", tmp_path / "r")
     assert "boxes.json" in line and "trainA/2.png" in line and words in line
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"trainA/2.png": null}', "found None"), ('{"trainA/2.png": true}', "found True"),
+    ("[" * 99999, "not readable"), ("7", "not readable"),
+    ('{"trainA/2.png": [{"box": [0.1, 0.2, 0.5, 1]}]}', "boxes in shares of 1")])
+def test_tables_of_boxes_that_are_none(folder, tmp_path, capsys, text, words):
+    (folder / "boxes.json").write_text(text)
+    line = error_of(capsys, init.main, "--data", folder, *TINY, "--out", tmp_path / "r")
+    assert "boxes.json" in line and words in line
 
 
 def test_missing_or_broken_boxes(folder, tmp_path, capsys):
