@@ -67,7 +67,7 @@ def test_the_kills_find_what_would_lose_something(tmp_path, fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FORKS)
 def test_twenty_kills_of_every_script(tmp_path, script):
-    """At file operations all over a run and at random; cut draws its toy world first."""
+    """At file operations all over a run, in all its stages, and at random."""
     layout, tiny, _, _ = FORKS[script]
     draw(tmp_path / "data", layout)
     flags = ["--steps", "6", *tiny.split(), *TINY]
@@ -75,8 +75,7 @@ def test_twenty_kills_of_every_script(tmp_path, script):
         flags += ["--R1-every", "4"]
     if script == "egscit":
         flags += ["--pretrain", "3"]
-    data = "toy" if script == "cut" else tmp_path / "data"
-    killed(tmp_path, script, 20, "--data", data, *flags)
+    killed(tmp_path, script, 20, "--data", tmp_path / "data", *flags)
 
 
 @pytest.mark.slow
