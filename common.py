@@ -678,15 +678,16 @@ def load_checkpoint(path, method, foreign=False):
     return state
 
 
-def load_parts(parts, states, path):
-    """Fill {name: module or optimiser} from the state dicts of a checkpoint; `UserError`."""
+def load_parts(parts, states, path, others=(), rank=0):
+    """Fill {name: module or optimiser} from state dicts (others: later processes'); `UserError`."""
     for name, part in parts.items():
         try:
-            state = states[name]
+            own = others[rank - 1].get(name, {}) if 0 < rank <= len(others) else {}
+            state = states[name] | own if own else states[name]
             if isinstance(part, torch.optim.Optimizer):  # a file does not choose the rates
                 groups = zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)
                 state = {"state": state["state"],
-                         "param_groups": [own | {"params": its["params"]} for own, its in groups]}
+                         "param_groups": [mine | {"params": its["params"]} for mine, its in groups]}
             elif any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all()
                      for t in state.values()):  # a history buffer's are lists
                 raise ValueError("weights that are not finite")
@@ -779,8 +780,7 @@ class Run:
                 part.register_step_pre_hook(self._average_gradients)
         if self.args.resume:
             state = load_checkpoint(last, self.method)
-            own = dict(enumerate(state.get("others", []), start=1)).get(self.rank, {})
-            load_parts(parts, {k: v | own.get(k, {}) for k, v in state["parts"].items()}, last)
+            load_parts(parts, state["parts"], last, state.get("others", []), self.rank)
             self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
         if self.rank == 0:
             try:
