@@ -17,7 +17,7 @@ from common import UserError
 hypothesis = pytest.importorskip("hypothesis", reason="pip install -r lab/requirements.txt")
 given, st = hypothesis.given, hypothesis.strategies
 pytestmark = pytest.mark.slow
-settings = hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=[
+settings = hypothesis.settings(max_examples=150, deadline=None, suppress_health_check=[
     hypothesis.HealthCheck.function_scoped_fixture], derandomize=True)
 
 
@@ -84,7 +84,7 @@ def test_checkpoints_with_changed_bytes(tmp_path, edits):
         assert all(p.isfinite().all() for p in net.parameters())
 
 
-@hypothesis.settings(settings, max_examples=60)
+@hypothesis.settings(settings, max_examples=40)
 @given(field=st.sampled_from(["config", "parts", "step", "seconds", "sums", "others", "method"]),
        value=ANY | st.fixed_dictionaries({"G": ANY, "opt_G": ANY}))
 def test_runs_with_changed_fields(tmp_path_factory, field, value):
