@@ -9,6 +9,7 @@ a training run. The scripts do the work: a picture here is the one that --transl
 to this machine alone, at 127.0.0.1; neither page nor program asks another machine for anything.
 """
 
+import argparse
 import base64
 import contextlib
 import copy
@@ -374,7 +375,7 @@ def interface(runs):
 
 
 def main(argv=None):
-    p = common.Parser(prog="python -m lab.app", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser("python -m lab.app", argparse.SUPPRESS, __doc__.split("\n")[0])
     p.add_argument("--runs", default="runs", metavar="DIR", help="folder of the run folders")
     p.add_argument("--port", type=int, default=7860, help="of 127.0.0.1")
     args = p.parse_args(argv)

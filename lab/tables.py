@@ -399,7 +399,8 @@ def overview():
         return [json.loads(p.read_text()) for p in sorted(Series(name).results.glob("*.json"))]
 
     for name, table in TABLES.items():
-        found, toy = results(name), results(f"{table.script}.toy")
+        own = f"{table.script}.toy"
+        found, toy = results(name), results(own) if own in TABLES else []
         hours = sum(r["seconds"] for r in found) / 3600
         print(f"{name}  {table.about}; {len(found)} results, {hours:.1f} hours", end="")
         if toy and (left := 3 * len(table.rows) - len(found)) > 0:

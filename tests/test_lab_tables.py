@@ -63,7 +63,11 @@ def lab(tmp_path, monkeypatch):
     root = tmp_path / "tree"
     (root / "lab/rows").mkdir(parents=True)
     (root / "fake.py").write_text(FAKE)
-    (root / "common.py").write_text("UserError = entry = pick_device = None\n")
+    (root / "common.py").write_text("""UserError = entry = pick_device = None
+def write_whole(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+""")
     (root / "lab/rows/fake.txt").write_text(VARIANTS)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
