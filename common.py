@@ -675,7 +675,10 @@ def load_checkpoint(path, method, foreign=False):
     for name, kind in (fields | {"sums": dict}).items():
         expect(isinstance(state.get(name), kind),
                f"{path}: damaged, its {name!r} is no {kind.__name__}")
-    return state
+    with contextlib.suppress(TypeError, ValueError):
+        sum(float(total) + n for total, n in state["sums"].values())
+        return state
+    raise UserError(f"{path}: damaged, its 'sums' are no pairs of numbers")
 
 
 def load_parts(parts, states, path, others=(), rank=0):

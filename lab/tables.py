@@ -235,9 +235,10 @@ TABLES = {f"{script}.toy": Table(script, "the toy preset", [Row("default")], "")
 
 
 def without_words(text):
-    """A script, or the blocks of common.py, less comments and docstrings: what a result hangs on.
-    """
+    """A script, or the blocks of common.py, less imports, comments and docstrings: what a result
+    hangs on."""
     tree = ast.parse(text.split("\n# ==== 2. Pictures")[0])
+    tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
