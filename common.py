@@ -551,7 +551,7 @@ def entry(main):
 
 
 COUNTS = ("batch", "steps", "epochs", "size", "side", "height", "load", "ngf", "ndf", "tile",
-          "patches", "bank", "hidden", "z", "log_every", "sample_every")
+          "d_layers", "patches", "bank", "hidden", "z", "log_every", "sample_every")
 LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | {
     "seed": (0, 2**63 - 1), "workers": (0, 256), "decay_from": (0, 1), "beta1": (0, 0.9999),
     "beta2": (0, 0.9999), "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}

@@ -166,7 +166,10 @@ def get_args(argv=None):
     if args.task_size is not None and not 16 <= args.task_size <= args.task_load:
         raise UserError(f"--task-size {args.task_size}: must be from 16 to --task-load "
                         f"{args.task_load}")
-    for name in ("task_batch", "task_steps", "feature_steps", "d_layers"):
+    if args.size < 2 ** (args.d_layers + 2):
+        raise UserError(f"--d-layers {args.d_layers}: D has no pixel left of --size {args.size}; "
+                        f"expected at most {args.size.bit_length() - 3}")
+    for name in ("task_batch", "task_steps", "feature_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.task_weights == "imagenet" and args.task_model == "drn26":

@@ -965,6 +965,7 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
     for flags, words in (
             (["--size", 34], "--size 34"), (["--task-size", 99], "--task-size 99"),
             (["--task-steps", 0], "--task-steps 0"), (["--d-layers", 0], "--d-layers 0"),
+            (["--d-layers", 9], "--d-layers 9"),
             (["--classes", "a=x"], "x is no id"), (["--classes", "a=70000"], "70000 is no id")):
         assert words in fails("--data", folder, *TINY, *flags)
     picture = folder / "source_img/0.png"
