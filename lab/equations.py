@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import UserError, entry
-from lab.variants import ROOT, load
+from lab.variants import ROOT, apply, load
 
 PAGE = ROOT / "docs/EQUATIONS.md"
 NUMBERS = re.compile(r"Eq\. \([\d.]+\)(?:, \([\d.]+\))*")
@@ -64,6 +64,7 @@ def tags(source):
 def changed_lines(patch, source):
     """Lines of a source that a patch takes out."""
     lines = source.split("\n")
+    apply(patch, source)  # says in one line which patch no longer applies
     for hunk in patch.hunks:
         old = [line for line in hunk if line[0] in "- "]
         first = next(i for i in range(len(lines))

@@ -631,6 +631,15 @@ def test_samples_depend_on_seed_and_number_alone_and_exemplars_vary(folder):
     assert {b for a, b in pairs if a == 3} == set(range(4))  # with every exemplar
 
 
+def test_pictures_are_fitted_bicubically(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    im = egscit.fitted(tmp_path / "noise.png", SimpleNamespace(size=16, height=16))
+    wanted = Image.fromarray(noise).resize((16, 16), Image.BICUBIC)
+    assert np.abs(np.asarray(im).astype(int) - np.asarray(wanted)).max() <= 1
+
+
+
 def test_photos_are_cut_to_shape_mirrored_and_zoomed_and_digits_are_not(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:30], wide[:, 30:40] = (255, 0, 0), (0, 0, 255)  # the middle: red, then blue

@@ -108,6 +108,16 @@ def test_damaged_tags_are_no_obstacle(tmp_path):
     assert common.open_rgb(tmp_path / "a.jpg").size == (2, 3)
 
 
+def test_side_resizes_bicubically_there_and_back(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    monkeypatch.setattr(common, "SIDE", 20)
+    common.translate_files(tmp_path / "a.png", tmp_path / "out", lambda x: x)
+    small = Image.fromarray(noise).resize((30, 20), Image.BICUBIC)
+    written = np.asarray(Image.open(tmp_path / "out/a.png")).astype(int)
+    assert np.abs(written - np.asarray(small.resize((90, 60), Image.BICUBIC))).max() <= 2
+
+
 @pytest.mark.parametrize("side, seen", [(None, (90, 60)), (20, (30, 20)), (120, (180, 120))])
 def test_side_is_what_the_net_sees_and_the_answer_has_the_pictures_size(tmp_path, monkeypatch, side,
                                                                         seen):
