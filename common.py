@@ -728,8 +728,9 @@ def start_worker(grey, _):
     """Leave Ctrl-C to the main process, which finishes its step with the workers alive."""
     globals()["GREY"] = grey
     for stop in STOPS:
-        if stop != signal.SIGTERM:  # the one by which the main process ends a worker
-            signal.signal(stop, signal.SIG_IGN)
+        signal.signal(stop, signal.SIG_IGN)
+    # `timeout` and job schedulers tell the workers too; a second one, from the main process, ends
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def locked(folder):
@@ -902,7 +903,8 @@ class Run:
 
     def _save_if_due(self, error, total):
         """Between steps; what a process has met (3), its signal (2) or clock (1) is all's."""
-        if "DataLoader worker" in str(error) and not isinstance(error, UserError):
+        lost = re.search("DataLoader worker|Pin memory thread", str(error))
+        if lost and not isinstance(error, UserError):
             error = UserError("--workers: a process that reads pictures was killed, out of memory?")
         todo = 3 if error else 2 if self.stop else int(time.perf_counter() - self.saved > 300)
         todo, told = max(self._gathered((todo, str(error or ""))))

@@ -12,6 +12,7 @@ says that this checkout is faster, or smaller.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -62,8 +63,8 @@ def random_batch(args, device):
 
 def clip_batch(args, device):
     """A batch of noise for pix2pixsc.py, whose step takes lambda_1 in the place of a generator."""
-    ids = torch.randint(args.labels, (args.batch, args.size, args.size), device=device)
-    x = torch.nn.functional.one_hot(ids, args.labels).permute(0, 3, 1, 2).float()
+    ids = torch.randint(args.labels, (args.batch, args.size, args.size))
+    x = torch.nn.functional.one_hot(ids, args.labels).permute(0, 3, 1, 2).float().to(device)
     (z, exemplar), pair = random_batch(args, device), random_batch(args, device)
     return [x, z, x.flip(3), exemplar, *pair, torch.arange(args.batch, device=device) % 2 == 0]
 
@@ -78,14 +79,14 @@ def labelled_batch(args, device):
     """[m, x] for spade.py: a one-hot map of noise and such a picture."""
     import spade
     x = random_batch(args, device)[0]
-    labels = torch.randint(args.labels, (len(x), *x.shape[2:]), device=device)
+    labels = torch.randint(args.labels, (len(x), *x.shape[2:])).to(device)
     return [spade.one_hot(labels, x.new_zeros(len(x), int(args.edges), *x.shape[2:]), args), x]
 
 
 def random_scenes(args, device):
     """[what `Scenes` of init.py gives, as noise]: pictures, objects, backgrounds of X and Y."""
     x, y = random_batch(args, device)
-    o = torch.rand(args.batch, args.objects, 3, *[args.object_size] * 2, device=device) * 2 - 1
+    o = torch.rand(args.batch, args.objects, 3, *[args.object_size] * 2).to(device) * 2 - 1
     return [[x, y, o, o, x, y][:6 if args.method == "init" else 2]]
 
 
@@ -148,16 +149,16 @@ class Step:
         self.rng = [] if make is sketch_batch else [rng]  # its step draws nothing
 
     def run(self):
-        self.module.train_step(self.nets, *self.batch, self.args, *self.rng)
+        return self.module.train_step(self.nets, *self.batch, self.args, *self.rng)
 
     def facts(self):
         """Everything but the seconds. Peak memory comes first: counting operations raises it."""
         row = {"mib": peak_mib(self.device), "tflop": None, "batch": self.args.batch}
         # the counter cannot look into compiled code, or below R1's gradient at a picture
         if not self.args.compile and getattr(self.args, "R1_every", 0) != 1:
-            with FlopCounterMode(display=False) as counter:
-                self.run()
-            row["tflop"] = counter.get_total_flops() / 1e12
+            with contextlib.suppress(RuntimeError), FlopCounterMode(display=False) as counter:
+                self.run()  # torch 2.11 cannot count below SinCUT's R1 either
+                row["tflop"] = counter.get_total_flops() / 1e12
         nets = {k: net for k, net in vars(self.nets).items() if isinstance(net, torch.nn.Module)}
         dtype = torch.bfloat16 if self.args.amp else torch.float32
         return row | {"ceiling": ceiling(self.device, dtype), "hardware": hardware(self.device),

@@ -1079,9 +1079,10 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("name, workers", [("SIGINT", "spawn"), ("SIGHUP", "fork"),
-                                           ("SIGTERM", "fork")])
-def test_a_stop_saves_and_says_how_to_go_on(whole, tmp_path, name, workers):
+@pytest.mark.parametrize("name, workers, send", [  # terminals and `timeout` tell the workers too
+    ("SIGINT", "spawn", os.killpg), ("SIGHUP", "fork", os.killpg), ("SIGTERM", "fork", os.kill),
+    ("SIGTERM", "fork", os.killpg), ("SIGTERM", "spawn", os.killpg)])
+def test_a_stop_saves_and_says_how_to_go_on(whole, tmp_path, name, workers, send):
     process = start(tmp_path, f"""
         def main():
             torch.multiprocessing.set_start_method("{workers}")  # spawn: inherits no handler
@@ -1093,7 +1094,6 @@ def test_a_stop_saves_and_says_how_to_go_on(whole, tmp_path, name, workers):
     while not log.exists() or len(log.read_text().splitlines()) < 7:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    send = os.kill if name == "SIGTERM" else os.killpg  # a terminal tells the workers too
     send(process.pid, getattr(signal, name))
     out, err = process.communicate(timeout=120)
     step = states(tmp_path / "run")["step"]
