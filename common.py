@@ -262,13 +262,14 @@ def open_rgb(path):
     return im.convert("RGB")
 
 
-def open_ids(path):
-    """A map of class or instance ids (a palette's are its indices) -> `PIL.Image`, mode L or I."""
+def open_ids(path, hint=""):
+    """A map of class or instance ids (a palette's are its indices) -> `PIL.Image`, mode L or I;
+    hint: what else may be meant by colours."""
     expect(Path(path).suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".jpe"),
            f"{path}: JPEG changes ids, save label maps as PNG")
     im = opened(path)
     expect(im.mode in ("P", "L", "1") or im.mode[0] == "I",
-           f"{path}: expected a map of ids with one channel, found {im.mode} pixels")
+           f"{path}: expected a map of ids with one channel, found {im.mode} pixels{hint}")
     return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
 
 
@@ -727,9 +728,8 @@ OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html
 def start_worker(grey, _):
     """Leave Ctrl-C to the main process, which finishes its step with the workers alive."""
     globals()["GREY"] = grey
-    for stop in STOPS:
-        signal.signal(stop, signal.SIG_IGN)
-    # `timeout` and job schedulers tell the workers too; a second one, from the main process, ends
+    for stop in STOPS:  # `timeout` and job schedulers send SIGTERM to the workers, too, ...
+        signal.signal(stop, signal.SIG_IGN)  # ... of which a second one, the main process's, ends
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

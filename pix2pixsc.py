@@ -299,6 +299,7 @@ class Frame(NamedTuple):
 
 LABEL_SUFFIXES = {"ids": common.SUFFIXES, "picture": common.SUFFIXES | {".npy"},
                   "landmarks": {".txt"}}
+DRAWINGS = "; drawings need --label-kind picture"
 
 
 def find_frames(root, split, args):
@@ -423,7 +424,7 @@ def F(path, args, size=None):
     face. size: (W, H) to be resized to, by nearest neighbours (code), or None: the file's own.
     """
     if args.label_kind == "ids":
-        im = common.open_ids(path)
+        im = common.open_ids(path, DRAWINGS)
         ids = np.asarray(im.resize(size or im.size, Image.NEAREST)).astype(np.int64)  # (H, W)
         ids[ids == 255] = args.labels - 1
         if ids.min() < 0 or ids.max() >= args.labels:
@@ -463,7 +464,7 @@ def complete(args, frames):
     if args.label_kind == "ids":
         for frame in frames:
             common.check_same_size(frame.image, frame.label)
-        ids = set().union(*(np.unique(common.open_ids(f.label)).tolist() for f in frames))
+        ids = set().union(*(np.unique(common.open_ids(f.label, DRAWINGS)).tolist() for f in frames))
         if args.labels is None:
             args.labels = min(256, max(ids - {255}, default=0) + 1 + (255 in ids))
             print(f"--labels {args.labels}: the largest id plus one{', and 255' * (255 in ids)}")

@@ -695,6 +695,16 @@ def test_translate_is_g_at_the_label_maps_size(trained, noise_data, tmp_path):
     expected = ((y + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(written - expected).max() <= 1
 
+    run("--translate", tmp_path / "maps/even.png", *exemplar, "--weights", trained / "last.pt",
+        "--side", 16, "--out", tmp_path / "small")  # G sees 24x16, and what it paints grows back
+    x, F_I = (sc.F(p, args, (24, 16))[None] for p in (tmp_path / "maps/even.png", exemplar[3]))
+    with torch.no_grad():
+        y = sc.load_generator(args, CPU)(x, F_I, sc.picture(exemplar[1], (24, 16))[None])[0]
+    small = ((y + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    expected = np.asarray(Image.fromarray(small).resize((36, 24), Image.BICUBIC)).astype(int)
+    written = np.asarray(Image.open(tmp_path / "small/even.png")).astype(int)
+    assert np.abs(written - expected).max() <= 2  # bicubic weights of a rounding
+
 
 def released_state(G, blocks, downs):
     """G's weights under the keys of the authors' latest_net_G.pth."""
@@ -807,7 +817,8 @@ def test_user_errors_are_one_line(data, trained, tmp_path, capsys):
     assert "--weights" in fails("--translate", label)
     assert "no such file" in fails(*flags, "--translate", tmp_path / "none.png")
     assert "no label maps" in fails(*flags, "--translate", trained)
-    assert "found RGB pixels" in fails(*flags[:-1], data / "test_img/a/0.png")
+    assert fails(*flags[:-1], data / "test_img/a/0.png").endswith(
+        "found RGB pixels; drawings need --label-kind picture")
     torch.save({"model.1.weight": torch.zeros(4, 9, 7, 7)}, tmp_path / "part.pth")
     assert "of the authors" in fails(*flags, "--weights", tmp_path / "part.pth")
     (data / "train_label/a/0.png").write_text("no picture")
