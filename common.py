@@ -263,8 +263,7 @@ def open_rgb(path):
 
 
 def open_ids(path, hint=""):
-    """A map of class or instance ids (a palette's are its indices) -> `PIL.Image`, mode L or I;
-    hint: what else may be meant by colours."""
+    """A map of ids (a palette's are its indices) -> `PIL.Image`, mode L or I; hint: at colours."""
     expect(Path(path).suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".jpe"),
            f"{path}: JPEG changes ids, save label maps as PNG")
     im = opened(path)
@@ -728,9 +727,9 @@ OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html
 def start_worker(grey, _):
     """Leave Ctrl-C to the main process, which finishes its step with the workers alive."""
     globals()["GREY"] = grey
-    for stop in STOPS:  # `timeout` and job schedulers send SIGTERM to the workers, too, ...
-        signal.signal(stop, signal.SIG_IGN)  # ... of which a second one, the main process's, ends
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for stop in STOPS:
+        if stop != signal.SIGTERM:  # the one by which the main process ends a worker
+            signal.signal(stop, signal.SIG_IGN)
 
 
 def locked(folder):
@@ -904,8 +903,9 @@ class Run:
     def _save_if_due(self, error, total):
         """Between steps; what a process has met (3), its signal (2) or clock (1) is all's."""
         lost = re.search("DataLoader worker|Pin memory thread", str(error))
-        if lost and not isinstance(error, UserError):
-            error = UserError("--workers: a process that reads pictures was killed, out of memory?")
+        if lost and not isinstance(error, UserError):  # `timeout` stops all processes of a run
+            told = "--workers: a process that reads pictures was killed, out of memory?"
+            error = None if self.stop else UserError(told)
         todo = 3 if error else 2 if self.stop else int(time.perf_counter() - self.saved > 300)
         todo, told = max(self._gathered((todo, str(error or ""))))
         if todo:
