@@ -23,7 +23,7 @@ METHODS = {  # script: (method, paper, the data it needs, what the toy run shows
     "spade": ("SPADE ([pix2pixHD++](lab/rows/pix2pixhd.py))", "Park et al., CVPR 2019",
               "label maps and pictures", "a label map painted in any picture's style"),
     "pix2pixsc": ("pix2pixSC", "Wang et al., CVPR 2019", "clips with label maps",
-                  "blurred animals where the map has them"),
+                  "the map's animals in the exemplar's coat and light, blurred"),
     "segin": ("SEGIN", "Huang et al., 2019", "sketches and photos",
               "a sketch, each part in the reference's colour, somewhat paler"),
     "egscit": ("EGSC-IT", "Ma et al., ICLR 2019", "two unpaired folders",
