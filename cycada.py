@@ -53,10 +53,10 @@ USAGE        python cycada.py                                     # toy world, t
              python cycada.py --data gta2cityscapes --stage feature   # or any other one, in turn
              python cycada.py --translate photo.jpg --weights runs/cycada-toy/pixel/last.pt
              python cycada.py --translate photo.jpg --weights runs/cycada-toy/task/last.pt  # labels
-EXPECT       python cycada.py: 11 minutes of a slow core (seeds 0 to 2, 60 test pictures): mIoU 27 to
-             29 (source only), 58 to 60 (CyCADA), 78 (oracle; one change of colours alone 49), pixel
-             accuracy 55 to 59, 89, 96 (a constant answer 34); trunks and grass stay bad. D_T is near
-             its chance (0.23), D_S wins (0.14).
+EXPECT       python cycada.py: 11 minutes of a slow core (seeds 0 to 2, 60 test pictures): mIoU 27
+             to 29 (source only), 58 to 60 (CyCADA), 78 (oracle; one change of colours 49), pixel
+             accuracy 55 to 59, 89, 96 (a constant answer 34); trunks and grass stay bad. D_T is
+             near its chance (0.23), D_S wins (0.14).
 """
 
 import argparse
