@@ -82,7 +82,7 @@ class PatchGAN(nn.Module):
 
     x (B, in_channels, H, W) -> logits (B, 1, H', W'), 30x30 for 256x256, or 35x35 with `padding` 2.
     n_layers: 3 sees 70x70 pixels (84x84 with `antialias`: BlurDown in place of stride 2).
-    norm: a layer of a channel count, or None.
+    norm: makes a layer from a channel count, or None.
     D(x, features=True) returns (logits, [activation of each stage before the last])."""
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3, norm=InstanceNorm, spectral=False,
@@ -626,8 +626,9 @@ def saved_flags(p, config, source, own):
              "workers", "compile", "channels_last"}
     found = {}
     for action in p._actions:
-        value, path = config.get(action.dest), action.metavar in ("FILE", "PATH", "FOLDER", "DIR")
-        if action.dest in fixed or value is None or (path and not own):
+        value, kind = config.get(action.dest), str(action.metavar)
+        if action.dest in fixed or value is None or (
+                re.match("FILE|PATH|FOLDER|DIR|IMAGE", kind) and not own):
             continue
         words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
@@ -902,10 +903,9 @@ class Run:
 
     def _save_if_due(self, error, total):
         """Between steps; what a process has met (3), its signal (2) or clock (1) is all's."""
-        lost = re.search("DataLoader worker|Pin memory thread", str(error))
-        if lost and not isinstance(error, UserError):  # `timeout` stops all processes of a run
-            told = "--workers: a process that reads pictures was killed, out of memory?"
-            error = None if self.stop else UserError(told)
+        if re.search(r"DataLoader worker \(pid|Pin memory thread", str(error)):
+            error = None if self.stop else UserError(  # `timeout` stops all processes of a run
+                "--workers: a process that reads pictures was killed, out of memory?")
         todo = 3 if error else 2 if self.stop else int(time.perf_counter() - self.saved > 300)
         todo, told = max(self._gathered((todo, str(error or ""))))
         if todo:

@@ -142,7 +142,7 @@ def run_name(args):
 # =============================================================================================
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(nn.Module):  # same as cyclegan.py: ResnetBlock
     """x + conv(relu(conv(x))), instance-normalised; (B, C, H, W) -> same."""
 
     def __init__(self, channels):
@@ -320,7 +320,7 @@ class MemoryBank(nn.Module):
     """Z^- of Eq. (3.8): keys of earlier pictures, from a moving-averaged G_enc and H (MoCo).
 
     CHOICE: one bank per domain; Eq. (3.9) with lambda_Y needs negatives from Y as well. Under
-    torchrun each process fills its own, and last.pt keeps the first one's.
+    torchrun each process fills its own, and last.pt holds them all.
     """
 
     def __init__(self, G, H, args):
@@ -355,7 +355,7 @@ class MemoryBank(nn.Module):
 # =============================================================================================
 
 
-class Unpaired(torch.utils.data.Dataset):
+class Unpaired(torch.utils.data.Dataset):  # same as cyclegan.py: Unpaired
     """`self[n]`: the n-th training sample (x, y), two (3, size, size) tensors in [-1, 1].
 
     x walks through a new shuffle of its domain every epoch, y is drawn at random, so that no pair

@@ -643,8 +643,8 @@ def train_step(nets, x_s, x_t, args, rng):
         x_ts = G_TS(x_t)                                              # (B, 3, H, W)
         x_sts = G_TS(x_st)                                            # (B, 3, H, W), should be x_s
         x_tst = G_ST(x_ts)                                            # (B, 3, H, W), should be x_t
-        L_GAN_ST = lsgan(D_T(x_st), 1.0)                              # Eq. (3.11), what G_ST
-        L_GAN_TS = lsgan(D_S(x_ts), 1.0)                              # ... and G_TS minimises
+        L_GAN_ST = lsgan(D_T(x_st), 1.0)                              # Eq. (3.11), for G_ST
+        L_GAN_TS = lsgan(D_S(x_ts), 1.0)                              # Eq. (3.11), for G_TS
     L_cyc = cycle_loss(x_s, x_sts) + cycle_loss(x_t, x_tst)           # Eq. (3.12)
     L = L_GAN_ST + L_GAN_TS + args.lambda_cyc * L_cyc                 # Eq. (3.14) less f_T's term
     losses = {"L_GAN_ST": L_GAN_ST, "L_GAN_TS": L_GAN_TS, "L_cyc": L_cyc}
@@ -696,7 +696,7 @@ def feature_step(nets, x_st, y_s, x_t, args):
 
     # ---- D_feat: are these the scores of a source picture? -------------------------------------
     with autocast():
-        with torch.no_grad():
+        with torch.no_grad():  # CHOICE (code): f_T's scores of x_st, where Fig. 3.33 has f_S's
             scores_s, scores_t = f_T(x_st), f_T(x_t)                  # (B, N, H, W) each
         logits_s, logits_t = D_feat(scores_s), D_feat(scores_t)       # (B, 2, H, W) each
     # CHOICE (code): a mean over both domains, not the sum of two expectations

@@ -32,7 +32,8 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Buffer: the code's, new pictures until it is full, then an old one with p = 1/2.
              Padding, biases and N(0, 0.02^2) weights are the code's. Some of their code blurs
              before sampling: --antialias-G --antialias-D.
-             Crops are 256 of 286 pixels (code), and uncropped in the decaying half of a run.
+             Crops are 256 of 286 pixels (code), and uncropped in the decaying half of a run, as in
+             CUT's code.
              The rate falls with every step; the code's with every epoch.
 
 USAGE        python cyclegan.py                                   # toy world, scores at the end
@@ -121,7 +122,7 @@ def run_name(args):
 # =============================================================================================
 
 
-class ResnetBlock(nn.Module):  # same as cut.py: ResnetBlock
+class ResnetBlock(nn.Module):
     """x + conv(relu(conv(x))), instance-normalised; (B, C, H, W) -> same."""
 
     def __init__(self, channels):
@@ -227,7 +228,7 @@ class HistoryBuffer:
     """The last `size` generated pictures, so that D does not forget old tricks (Sec. 3.2.4).
 
     Kept in last.pt: a resumed run needs the same pictures. Under torchrun each process has its own,
-    and only the first one's is kept.
+    and last.pt holds them all.
     """
 
     def __init__(self, size, device):
@@ -262,7 +263,7 @@ class HistoryBuffer:
 # =============================================================================================
 
 
-class Unpaired(torch.utils.data.Dataset):  # same as cut.py: Unpaired
+class Unpaired(torch.utils.data.Dataset):
     """`self[n]`: the n-th training sample (x, y), two (3, size, size) tensors in [-1, 1].
 
     x walks through a new shuffle of its domain every epoch, y is drawn at random, so that no pair
@@ -343,8 +344,8 @@ def train_step(nets, x, y, args, rng):
     for D in (D_X, D_Y):
         D.requires_grad_(True)
     with autocast():
-        # CHOICE: halved, in the text's words to slow D down; under Adam, which does not see the
-        # scale of a loss, it changes the logged number alone.
+        # CHOICE (code): halved, to slow D down; under Adam, which does not see the scale of a
+        # loss, it changes the logged number alone.
         L_D_Y = (lsgan(D_Y(y), 1.0) + lsgan(D_Y(nets.pool_Y.exchange(y_hat, rng)), 0.0)) / 2
         L_D_X = (lsgan(D_X(x), 1.0) + lsgan(D_X(nets.pool_X.exchange(x_hat, rng)), 0.0)) / 2
     nets.opt_D.zero_grad()

@@ -20,7 +20,7 @@ SYMBOLS      paper                here               shape
              m_A, eta             m_A, eta           (1 - eta) sigma(f_A) + eta; eta = 0.5
              gamma_B, beta_B      gamma_B, beta_B    (B, C, 1, 1), deviation and mean of f_B
              x_AA, x_AB           x_AA, x_AB         reconstruction, translation; x_ABA: cycle
-             V GG, phi, Gram      vgg, phi, gram     five maps (B, C_i, H_i W_i); (B, C_i, C_i)
+             VGG, phi, Gram       vgg, phi, gram     five maps (B, C_i, H_i W_i); (B, C_i, C_i)
 
 OBJECTIVE    Eq. (1)  gamma_B = delta(f_B), beta_B = mu(f_B)
              Eq. (2)  AdaIN(c_A, gamma_B, beta_B) = gamma_B (c_A - mu(c_A)) / delta(c_A) + beta_B,
@@ -232,7 +232,7 @@ class Discriminator(nn.Module):
         widths = [3] + [ndf * 2**i for i in range(layers)]
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 4, 2),
-                          *([nn.GroupNorm(b, b)] if i > 0 and norm else []),  # instance norm
+                          *([nn.GroupNorm(b, b)] if i > 0 and norm else []),  # affine IN (code)
                           nn.LeakyReLU(0.2, inplace=True))
             for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
         self.logit = nn.Conv2d(widths[-1], 1, 1)
@@ -355,7 +355,7 @@ def lsgan(logits, target):  # same as cyclegan.py: lsgan
 
 
 def l1(a, b):
-    """Mean |a - b|: reconstruction of a VAE and of a cycle."""
+    """Mean |a - b|, the |.|_1 of reconstruction, cycle, L_c and L_s."""
     return (full(a) - b).abs().mean()
 
 
@@ -621,7 +621,7 @@ def update_discriminators(nets, x_A, x_B, fake_A, fake_B, args, autocast):
         L_D_A = (lsgan(D_A(x_A), 1.0) + lsgan(D_A(fake_A.detach()), 0.0)) / 2
         L_D_B = (lsgan(D_B(x_B), 1.0) + lsgan(D_B(fake_B.detach()), 0.0)) / 2
     nets.opt_D.zero_grad()
-    (args.lambda_GAN * (L_D_A + L_D_B)).backward()       # the weight is the code's; Adam ignores it
+    (args.lambda_GAN * (L_D_A + L_D_B)).backward()       # halves and weight: code's; Adam ignores
     nets.opt_D.step()
     D_A.requires_grad_(False)
     D_B.requires_grad_(False)

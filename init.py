@@ -164,7 +164,7 @@ def conv(a, b, kernel, stride=1):
     return nn.Conv2d(a, b, kernel, stride, (kernel - 1) // 2, padding_mode="reflect")
 
 
-class ResnetBlock(nn.Module):  # same as cut.py: ResnetBlock
+class ResnetBlock(nn.Module):  # same as cyclegan.py: ResnetBlock
     """x + conv(relu(conv(x))), instance-normalised; (B, C, H, W) -> same."""
 
     def __init__(self, channels):
@@ -485,7 +485,7 @@ def data_folder(args):
 
 
 def cross_cycle(x, c, s, t, E, G, G_back, cycle):
-    """Fig. 5, also with another domain in the granularity's place: swap the style, swap it back.
+    """Fig. 5's cycle between granularities, and between domains: swap the style, swap it back.
 
     Content c of x (pictures or objects, with their own style s) is dressed in a style t, (B, 8).
     E, G: networks of the domain that t belongs to; G_back: of the one that x is from.

@@ -42,8 +42,8 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              A consistent frame is within 10 listed frames (text); the code's window is 300.
              Inconsistent: another clip, or another group of --groups; the authors looked at each.
              VGG sees [-1, 1], not ImageNet's range (code); their street views are resized to
-             224x224 for it: --vgg-resize. Weights N(0, 0.02^2), biases as PyTorch draws them, and
-             a last layer of convolution and tanh are the code's.
+             224x224 for it: --vgg-resize. Biases as PyTorch draws them, and a last layer of
+             convolution and tanh are the code's.
              G's first layer is normalised: a shift of all of I by one colour is invisible to it,
              unless something is the same in every style (the toy clips have black bars).
 
@@ -166,7 +166,7 @@ def run_name(args):
 # =============================================================================================
 
 
-class ResnetBlock(nn.Module):  # same as cut.py: ResnetBlock
+class ResnetBlock(nn.Module):  # same as cyclegan.py: ResnetBlock
     """x + conv(relu(conv(x))), instance-normalised; (B, C, H, W) -> same."""
 
     def __init__(self, channels):
@@ -263,9 +263,9 @@ def lsgan(logits, target):  # same as cyclegan.py: lsgan
 def semantic_weights(consistent, args):
     """w_i of Eq. (6), Fig. 3: consistent (B) booleans -> (B, N); may z teach its colours?
 
-    M_i is the number of elements of layer i. From one of VGG's scales to the next they halve, at
-    any size; since norms are means here, 1/M_i must be taken relative to the deepest, M_5, however
-    many of the five layers are used.
+    M_i is the number of elements of layer i. From one of VGG's scales to the next they halve, and
+    from the fourth to the fifth they are quartered, at any size; since norms are means here, 1/M_i
+    must be taken relative to the deepest, M_5, however many of the five layers are used.
     """
     inv_M = torch.tensor([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1])[:args.vgg_layers].to(consistent.device)
     consistent = consistent[:, None]
@@ -590,7 +590,7 @@ def phase(step, total, schedule):
 def train(args):
     root = data_folder(args)
     frames = find_frames(root, "train", args)
-    complete(args, frames)
+    complete(args, frames)  # before `Run`, which keeps a copy of args: this sets some of them
     run = Run("pix2pixsc", args, CHANCE)
     data, show = Clips(frames, args), test_pairs(root, args, limit=6)
     total = args.steps or SCHEDULES[args.schedule][2] * 1000

@@ -248,6 +248,7 @@ class NonLocal(nn.Module):
     """Embedded-Gaussian non-local block (Wang et al. 2018): (B, C, H, W) -> same.
 
     Residual, with a last layer that `build` sets to zero: the identity until training moves it.
+    theta, Phi and g are 1x1 convolutions: this Phi is that of Eq. (4), not VGG.
     """
 
     def __init__(self, channels):
@@ -612,7 +613,7 @@ def train(args):
 
 @torch.no_grad()
 def translate(nets, x, r, args):
-    """y_hat, W(x, r), seg for one size of x and r, (B, 3, H, W), sides as `multiple`.
+    """y_hat, W(x, r), seg for one size of x and r, (B, 3, H, W), multiples of `multiple(args)`.
 
     Batch norm uses the statistics gathered in training. N is left in the mode it was in.
     """

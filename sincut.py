@@ -14,9 +14,9 @@ SYMBOLS      paper                 here              shape
              x, y                  x, y              (B, 3, S, S) crops in [-1, 1], one scale a step
              y_hat = G(x)          y_hat             (B, 3, S, S)
              G = G_dec(G_enc(x))   G.encode, decoder three feature maps (B, C_l, H_l, W_l)
-             H_l, two-layer MLP    H                 (B, C_l) -> (B, 256), unit rows
-             z_hat_l, query v      z_hat             (B, 256) per layer, one place of each output
-             z_l, v+ and v-        z                 (B, 256) per layer, same place of each input
+             H_l, two-layer MLP    H                 (B, 1, C_l) -> (B, 1, 256), unit rows
+             z_hat_l, query v      z_hat             (B, 1, 256) per layer, one place per output
+             z_l, v+ and v-        z                 (B, 1, 256) per layer, same place of each input
              tau                   tau               0.07
 
 OBJECTIVE    Eq. (3.5)  L_GAN(G, D) = E log D(y) + E log(1 - D(G(x))), non-saturating for G
@@ -446,7 +446,7 @@ def train(args):
 
 
 @torch.no_grad()
-def translate(G, x, args):
+def translate(G, x, args):  # same as cut.py: translate
     """G(x) for x (N, 3, H, W) of any size, in [-1, 1], one picture at a time."""
     def y_hat(padded):
         return G(padded)[0]

@@ -102,7 +102,7 @@ TOY = {  # no term of the objective differs
 
 
 def get_args(argv=None):
-    """Flags in layers: the paper's defaults < data set or toy preset < checkpoint < given."""
+    """Flags in layers: paper's defaults < data set or toy preset < checkpoint < command line."""
     p = common.base_parser(__doc__)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--size", type=int, default=256, help="width of a training crop (Sec. 2.6)")
@@ -265,7 +265,7 @@ class Generator(nn.Module):
         h = self.up_2(up(h), m)                                           # (B, 128, H/2, W/2)
         h = self.up_3(up(h), m)                                           # (B, 64, H, W)
         if self.doublings == 7:
-            h = self.up_4(up(h), m)                                       # (B, 32, 2 H, 2 W)
+            h = self.up_4(up(h), m)           # (B, 32, H, W): 7 doublings; those above are of 5
         return torch.tanh(self.to_rgb(F.leaky_relu(h, 0.2)))              # (B, 3, H, W)
 
 
@@ -624,7 +624,7 @@ def rate(step, total, decay_from):
 def train(args):
     root = data_folder(args)
     pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", args.split))
-    check_pairs(pairs, args)
+    check_pairs(pairs, args)  # before `Run`, which keeps a copy of args: may set args.labels
     check_pairs(held_out, args)
     run = Run("spade", args, CHANCE)
     data = LabelledPictures(pairs, args)
@@ -641,6 +641,7 @@ def train(args):
         factor = rate(step, total, args.decay_from)
         nets.opt_G.param_groups[0]["lr"] = factor * args.lr_G
         nets.opt_D.param_groups[0]["lr"] = factor * args.lr_D
+        # not run.rng(), which all processes share: each is to draw a z of its own
         rng = torch.Generator().manual_seed(common.mix(args.seed, step, run.rank))
         run.log(train_step(nets, one_hot(labels, edges, args), x, args, rng))
     run.save_samples(sample_columns(nets, show, args))

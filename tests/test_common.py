@@ -1128,13 +1128,14 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint(whole, tmp_path, wher
 
 @pytest.mark.parametrize("flaw, code, last, saved", [
     ("t.Samples(bad=13)", 2, "tiny.py: error: photos/broken.png: no such file", 6),
+    ("t.Samples(seconds='x')", 1, "TypeError: 'str' object cannot be interpreted as an integer", 0),
     ("each=lambda run: run.step < 5 or 1 / 0", 1, "ZeroDivisionError: division by zero", 4)])
 def test_what_goes_wrong_beside_a_worker_ends_the_run(tmp_path, flaw, code, last, saved):
     process = start(tmp_path, f"""
         t.common.entry(lambda: t.tiny_run("run", 22, {flaw}, workers=1))
     """)
     err = process.communicate(timeout=120)[1]
-    assert process.returncode == code and err.splitlines()[-1] == last
+    assert process.returncode == code and err.strip().splitlines()[-1] == last
     assert ("Traceback" in err) == (code == 1) and states(tmp_path / "run")["step"] == saved
 
 
