@@ -53,9 +53,10 @@ CHOICES      the paper gives no lambda, K, schedule or GAN type, and says "based
 USAGE        python init.py                                   # toy world; --method munit compares
              python init.py --data mydata                     # with mydata/boxes.json, see BOXES
              python init.py --translate day.jpg --weights runs/init-mydata/last.pt --styles 4
-EXPECT       python init.py: 10 minutes of a slow core (seed 0, test scenes): object error 35 (one
-             change of colours 37, the reference itself 48), background error 11 (26, 14). Both
-             adversaries live: L_D_g 1.47, L_D_o 1.6 (chance 2), L_sg 0.8 (1.6). Shapes are blurred.
+EXPECT       python init.py: 10 minutes of a slow core (seeds 0 to 2, test scenes): object error 35,
+             26, 26 (one change of colours 37, the reference itself 48), background error 11, 10, 8
+             (26, 14). Both adversaries live: L_D_g 1.5 to 1.6, L_D_o 1.6 (chance 2), L_sg 0.7 to
+             0.8 (1.6). Shapes are blurred.
 """
 
 import argparse
