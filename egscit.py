@@ -136,10 +136,10 @@ def get_args(argv=None):
     add("--lambda-cyc", type=float, default=100.0, help="UNIT's weight of the cycle")
     add("--lambda-c", type=float, default=10.0, help="Eq. (4): content (code: by task)")
     add("--lambda-s", type=float, default=1e3, help="Eq. (4): style (code: by task)")
-    add("--vgg", default="imagenet", help="imagenet, random, or a file of VGG-19 or VGG-16; "
+    add("--vgg", default="imagenet", help="phi: imagenet, random, or a FILE of VGG-19 or VGG-16; "
                                           "or digits: a small one taught to name drawn digits")
-    add("--exemplar", metavar="PATH", help="with --translate: picture of the style")
-    add("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="with --translate")
+    add("--exemplar", metavar="PATH", help="--translate: picture of the style")
+    add("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="--translate: which way")
 
     def presets(args):
         digits = DIGITS.get(args.data)
@@ -150,7 +150,7 @@ def get_args(argv=None):
     args = common.parse_flags(p, argv, "egscit", presets, run_name)
     args.height = args.height or args.size
     digits = args.data in DIGITS and not args.translate
-    for name in ("g_updates", "d_layers", "pretrain"):
+    for name in ("g_updates", "pretrain"):
         if getattr(args, name) == 0:
             raise UserError(f"--{name.replace('_', '-')} 0: must be at least 1")
     args.log_every += -args.log_every % args.g_updates  # every row of log.csv has a loss of D
@@ -394,7 +394,7 @@ def style_loss(phi_AB, phi_B):
     return sum(l1(gram(a), gram(b)) for a, b in zip(phi_AB, phi_B, strict=True))  # Eq. (5), L_s
 
 
-CHANCE = dict.fromkeys(("GAN_A", "GAN_B", "D_A", "D_B"), 0.25)  # what a D of 1/2 everywhere gets
+CHANCE = dict.fromkeys(("GAN_A", "GAN_B", "L_D_A", "L_D_B"), 0.25)  # a D of 1/2 everywhere
 
 # =============================================================================================
 # 4. Data
@@ -625,7 +625,7 @@ def update_discriminators(nets, x_A, x_B, fake_A, fake_B, args, autocast):
     nets.opt_D.step()
     D_A.requires_grad_(False)
     D_B.requires_grad_(False)
-    return {"D_A": L_D_A, "D_B": L_D_B}
+    return {"L_D_A": L_D_A, "L_D_B": L_D_B}
 
 
 def train_step(nets, x_A, x_B, args, update_D=True):
@@ -774,14 +774,14 @@ def translate(nets, x, y, args, way="AB"):
     else:
         E_x, F_x, F_y, G_y = nets.E_B, nets.F_B, nets.F_A, nets.G_A
 
-    def translated(x):  # padded to a multiple of 2^downs
+    def net(x):  # padded to a multiple of 2^downs
         c = nets.G_first(nets.E_last(E_x(x)))
         return G_y(adain(mask(F_x(x), args.eta) * c, gamma, beta))
 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         f_y = F_y(y)
         gamma, beta = delta(f_y), mu(f_y)
-        return common.same_size(translated, x, 2**args.downs).float().clamp(-1, 1)
+        return common.same_size(net, x, 2**args.downs).float().clamp(-1, 1)
 
 
 def translated(nets, test, args, way):

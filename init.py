@@ -117,13 +117,13 @@ def get_args(argv=None):
     add("--dis-layers", type=int, default=4, help="strided convolutions of D (MUNIT)")
     add("--dis-scales", type=int, default=3, help="scales that D looks at (MUNIT)")
     for name, what, weight in (
-            ("g", "pictures", 10), ("cg", "their contents", 1), ("sg", "their styles", 1),
-            ("o", "objects", 10), ("co", "their contents", 1), ("so", "their styles", 1)):
+            ("g", "pictures", 10), ("cg", "pictures' contents", 1), ("sg", "pictures' styles", 1),
+            ("o", "objects", 10), ("co", "objects' contents", 1), ("so", "objects' styles", 1)):
         add(f"--lambda-{name}", type=float, default=weight,
             help=f"Eq. (4): weight of the reconstruction of {what}")
     add("--lambda-cyc", type=float, default=10.0,
         help="weight of the cross-cycles X-Y-X and object-picture-object (Fig. 5)")
-    add("--exemplar", metavar="IMAGE", help="--translate: take this picture's style")
+    add("--exemplar", metavar="PATH", help="--translate: take this picture's style")
     add("--styles", type=int, default=1, help="--translate: random styles, side by side")
     add("--lpips", choices=["alex", "random"], default="alex",
         help="--evaluate: the paper's AlexNet, or an untrained VGG that needs no download")

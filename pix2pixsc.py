@@ -117,7 +117,7 @@ def get_args(argv=None):
     add("--lambda-1", type=float, default=10.0, help="weight of L_SCAdv (Sec. 4.1)")
     add("--lambda-2", type=float, default=10.0, help="weight of L_SC (Sec. 4.1)")
     add("--w", choices=["release", "paper"], default="release", help="weights of Eq. (6): CHOICES")
-    add("--vgg", default="imagenet", help="VGG weights: imagenet, random, or a file")
+    add("--vgg", default="imagenet", help="network of L_SC: imagenet, random, or a FILE")
     add("--vgg-layers", type=int, choices=range(1, 6), default=5, metavar="N",
         help="the N of Eq. (6): how many of relu1_1, relu2_1, ..., relu5_1 (code: 5)")
     add("--vgg-resize", action=switch, default=False,
@@ -132,8 +132,8 @@ def get_args(argv=None):
     add("--same-style", type=float, default=0.3, help="share of samples whose z has I's style")
     add("--exemplars", type=int, default=5,
         help="exemplars per test map (App. A); with --groups it is one of every group")
-    add("--exemplar", metavar="PATH", help="with --translate: the picture I")
-    add("--exemplar-label", metavar="PATH", help="with --translate: F(I)")
+    add("--exemplar", metavar="PATH", help="--translate: the picture I")
+    add("--exemplar-label", metavar="PATH", help="--translate: F(I)")
     add("--predicted", metavar="DIR",
         help="with --evaluate: F(.) of the written pictures, found by a detector of yours")
     add("--fid-weights", metavar="FILE", help="Inception weights for --evaluate")

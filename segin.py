@@ -119,7 +119,7 @@ def get_args(argv=None):
     add("--w4", type=float, default=100.0, help="weight of L_seg, Eq. (9) (Sec. IV)")
     add("--w5", type=float, default=10.0, help="weight of L_segAtt, Eq. (10) (Sec. IV)")
     add("--w6", type=float, default=10.0, help="weight of L_tv, Eq. (8) (Sec. IV)")
-    add("--vgg", default="imagenet", help="imagenet, random, or a file of VGG-19 or VGG-16")
+    add("--vgg", default="imagenet", help="Phi: imagenet, random, or a FILE of VGG-19 or VGG-16")
     add("--match-layer", choices=LAYERS, metavar="reluB_C", default="relu4_1",
         help="Phi of Eq. (1); a relu3 halves the blocks")
     add("--match-k", type=int, default=3, help="side of a feature patch in Eq. (1), odd")
@@ -137,7 +137,7 @@ def get_args(argv=None):
         return TOY if args.data == "toy" else {}
 
     args = common.parse_flags(p, argv, "segin", presets, run_name)
-    if args.match_k < 1 or args.match_k % 2 == 0:
+    if args.match_k % 2 == 0:
         raise UserError(f"--match-k {args.match_k}: must be odd, so that a patch has a middle")
     stride = 2 ** (int(args.match_layer[4]) - 1)
     if args.match_zoom < 1 or stride % args.match_zoom:

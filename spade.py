@@ -134,7 +134,7 @@ def get_args(argv=None):
     add("--lambda-fm", type=float, default=10.0, help="weight of L_FM (Tab. 2.5: 0)")
     add("--lambda-vgg", type=float, default=10.0, help="weight of L_VGG (Tab. 2.5: 0)")
     add("--lambda-kld", type=float, default=0.05, help="weight of L_KLD, --input encoder")
-    add("--vgg", default="imagenet", help="weights of L_VGG: imagenet, random, or a FILE")
+    add("--vgg", default="imagenet", help="network of L_VGG: imagenet, random, or a FILE")
     add("--vgg-layers", type=int, choices=range(1, 6), default=5, help="the first of its layers")
     add("--exemplar", metavar="FILE", help="--translate in this picture's style (else z of --seed)")
     add("--inst", metavar="PATH", help="instance map(s) of --translate, for --edges")

@@ -604,10 +604,10 @@ def rebuild_and_swap(nets, x):
     Neighbours exchange structure: the hybrid i has the structure of x^1 = x[i xor 1] and must carry
     the texture of x^2 = x[i]. CHOICE (code): a hybrid for every picture (text: B/2).
     """
-    half, x1 = len(x) // 2, torch.arange(len(x), device=x.device) ^ 1
+    half, other = len(x) // 2, torch.arange(len(x), device=x.device) ^ 1
     z_s, z_t = nets.E(x)                                           # (B, 8, h, w), (B, 2048)
     x_rec = nets.G(z_s[:half], z_t[:half])                         # (B/2, 3, H, W)
-    x_hyb, x2 = nets.G(z_s[x1], z_t), x                            # (B, 3, H, W), twice
+    x_hyb, x2 = nets.G(z_s[other], z_t), x                         # (B, 3, H, W), twice
     return full(x_rec), full(x_hyb), x2
 
 

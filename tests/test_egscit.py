@@ -366,8 +366,8 @@ def naive_losses(n, x_A, x_B, args, seed):
             "cyc_A": (x_ABA - x_A).abs().mean(), "cyc_B": (x_BAB - x_B).abs().mean(),
             "GAN_A": ((n.D_A(x_BA) - 1)**2).mean(), "GAN_B": ((n.D_B(x_AB) - 1)**2).mean(),
             "L_c_A": L_c_A, "L_s_A": L_s_A, "L_c_B": L_c_B, "L_s_B": L_s_B,
-            "D_A": ((n.D_A(x_A) - 1)**2).mean() / 2 + (n.D_A(x_BA.detach())**2).mean() / 2,
-            "D_B": ((n.D_B(x_B) - 1)**2).mean() / 2 + (n.D_B(x_AB.detach())**2).mean() / 2}
+            "L_D_A": ((n.D_A(x_A) - 1)**2).mean() / 2 + (n.D_A(x_BA.detach())**2).mean() / 2,
+            "L_D_B": ((n.D_B(x_B) - 1)**2).mean() / 2 + (n.D_B(x_AB.detach())**2).mean() / 2}
 
 
 WEIGHTS = ["--lambda-GAN", "2", "--lambda-KL", "0.7", "--lambda-rec", "3", "--lambda-cyc", "5",
@@ -393,8 +393,8 @@ def test_step_is_the_objective(flags, update_D, small_vgg):
                                    retain_graph=True)
     torch.manual_seed(3)
     losses = egscit.train_step(nets, x_A, x_B, args, update_D)
-    left_out = {"D_A", "D_B"} if not update_D else set()
-    left_out |= {k for k in terms if k.startswith("L_") and args.lambda_c == 0}
+    left_out = {"L_D_A", "L_D_B"} if not update_D else set()
+    left_out |= {k for k in terms if k.startswith(("L_c", "L_s")) and args.lambda_c == 0}
     assert set(losses) == set(terms) - left_out
     for name in losses:
         assert losses[name].item() == pytest.approx(terms[name].item(), rel=1e-9), name
@@ -403,7 +403,7 @@ def test_step_is_the_objective(flags, update_D, small_vgg):
     for name in ("D_A", "D_B"):  # D's update, if any, is the plain one; G's leaves no gradient
         found = [q.grad for q in getattr(nets, name).parameters()]
         if update_D:
-            close(found, torch.autograd.grad(2 * terms[name], p[name]), 1e-6, 1e-9)
+            close(found, torch.autograd.grad(2 * terms[f"L_{name}"], p[name]), 1e-6, 1e-9)
         else:
             assert found == [None] * len(found)
     for name in ("F_A", "F_B", "vgg"):
@@ -431,7 +431,7 @@ def test_stage_1_is_two_vae_gans(downs):
             return naive_discriminator(iter(p[f"D_{d}"]), picture, args.d_layers, True)
         expected |= {f"rec_{d}": (x_hat - x[d]).abs().mean(), f"KL_{d}": (z**2).mean(),
                      f"GAN_{d}": ((D(x_hat) - 1)**2).mean(),
-                     f"D_{d}": ((D(x[d]) - 1)**2 + D(x_hat.detach())**2).mean() / 2}
+                     f"L_D_{d}": ((D(x[d]) - 1)**2 + D(x_hat.detach())**2).mean() / 2}
         L = L + 3 * expected[f"rec_{d}"] + 0.7 * expected[f"KL_{d}"] + 2 * expected[f"GAN_{d}"]
     torch.manual_seed(3)
     losses = egscit.pretrain_step(vaes, x["A"], x["B"], args)
@@ -442,7 +442,7 @@ def test_stage_1_is_two_vae_gans(downs):
     close([q.grad for V in (vaes.VAE_A, vaes.VAE_B) for q in V.parameters()], grads, 1e-6, 1e-9)
     for d in "AB":
         close([q.grad for q in getattr(vaes, f"D_{d}").parameters()],
-              torch.autograd.grad(2 * expected[f"D_{d}"], p[f"D_{d}"]), 1e-6, 1e-9)
+              torch.autograd.grad(2 * expected[f"L_D_{d}"], p[f"D_{d}"]), 1e-6, 1e-9)
 
 
 @pytest.mark.parametrize("flags", [[], ["--amp"]])
@@ -711,7 +711,7 @@ def test_run_folder(trained):
     for f in ("config.json", "index.html", "result.json", "samples/step_000000.png",
               "samples/step_000002.png", "features/last.pt", "features/log.csv"):
         assert (trained / f).stat().st_size > 0, f
-    names = [f"{n}_{d}" for d in "AB" for n in ("rec", "KL", "cyc", "GAN", "L_c", "L_s", "D")]
+    names = [f"{n}_{d}" for d in "AB" for n in ("rec", "KL", "cyc", "GAN", "L_c", "L_s", "L_D")]
     assert set(rows_of(trained)) == {"step", "seconds", "KL_AB", "KL_BA", *names}
     scores = json.loads((trained / "result.json").read_text())["scores"]
     assert [s["name"] for s in scores] == [f"x_{way}: {n}" for way in ("AB", "BA")
