@@ -53,9 +53,9 @@ USAGE        python swapae.py                                 # toy world, a sco
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
              python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
-EXPECT       python swapae.py: 15 minutes of a slow core (seed 0, 40 test scenes): figure and ground
-             take the exemplar's hues, colour error 12 (copying the structure 36, colour transfer 20,
-             the same inside dark and light 4), the layout stays, outline error 0.08; but G paints no
+EXPECT       python swapae.py: 15 minutes of a slow core (seed 0, 40 test scenes): figure, ground
+             take the exemplar's hues, colour error 12 (copying the structure 36, colour transfer
+             20, in dark and light apart 4), the layout stays, outline error 0.08; but G paints no
              motifs yet, not even from the true answer's codes: right in 0.31 of the regions, which
              is chance (0.3). L_D 1.35, L_Dpatch 1.33 (chance 1.39).
 """
