@@ -51,9 +51,9 @@ USAGE        python pix2pixsc.py                                  # toy world, s
              python pix2pixsc.py --data mydata [--groups FILE]    # {train,test}_{img,label}
              python pix2pixsc.py --translate labels.png --exemplar I.jpg --exemplar-label I.png
                                  --weights runs/pix2pixsc-mydata/last.pt
-EXPECT       python pix2pixsc.py: 6 minutes of one core (seeds 0 and 1, test clips): detail
-             correlation 0.39 and 0.40 (best painter 0.38: each label of I as a slope), style error
-             22.5 (9 by noise of the right deviation), picture error 21 and 19 (13). Layouts, coats,
+EXPECT       python pix2pixsc.py: 6 minutes of one core (seeds 0 to 2, test clips): detail
+             correlation 0.39 to 0.40 (best painter 0.38: each label of I as a slope), style error
+             22 (9 by noise of the right deviation), picture error 19 to 21 (13). Layouts, coats,
              stripes and the exemplar's light are there, blurred.
 """
 
