@@ -54,6 +54,8 @@ def against_painters(records):
     lower = scores[0]["better"] == "lower"
     painters = [item for item in scores[0]["trivial"].items() if item[0] not in CEILINGS]
     best = (min if lower else max)(painters, key=lambda item: item[1])
+    if best[0].startswith("and "):  # of a list that goes on from its first painter
+        best = f"mean colours {best[0]}", best[1]
     beaten = all((s["value"] < best[1]) == lower and s["value"] != best[1] for s in scores)
     return scores[0]["name"], sum(s["value"] for s in scores) / len(scores), best, beaten
 
