@@ -628,7 +628,7 @@ def saved_flags(p, config, source, own):
     for action in p._actions:
         value, kind = config.get(action.dest), str(action.metavar)
         if action.dest in fixed or value is None or (
-                re.match("FILE|PATH|FOLDER|DIR|IMAGE", kind) and not own):
+                re.match("FILE|PATH|FOLDER|DIR", kind) and not own):
             continue
         words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):

@@ -57,8 +57,8 @@ USAGE        python segin.py                                   # toy world, a sc
              python segin.py --data faces/ --input grey       # colourisation: x is y in grey
              python segin.py --translate sketch.png --exemplar photo.jpg --weights FILE
 EXPECT       python segin.py: 6 minutes of CPU. With a random VGG parts take the reference's hues,
-             paler: 70 to 77 % of parts right (W itself 75, majority of W 92: no success), error 5
-             grey levels (8 for that majority). L_D 1.24 (chance 1.39): D lives.
+             paler: 70 to 77 % of parts right (W itself 75, majority of W 92: no success), picture
+             error 5 grey levels (8 for that majority). L_D 1.24 (chance 1.39): D lives.
 """
 
 import functools

@@ -639,7 +639,6 @@ def test_pictures_are_fitted_bicubically(tmp_path):
     assert np.abs(np.asarray(im).astype(int) - np.asarray(wanted)).max() <= 1
 
 
-
 def test_photos_are_cut_to_shape_mirrored_and_zoomed_and_digits_are_not(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:30], wide[:, 30:40] = (255, 0, 0), (0, 0, 255)  # the middle: red, then blue

@@ -256,11 +256,10 @@ def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
         p.add_argument("--layers", type=int, nargs="+", default=[1], help="x")
         p.add_argument("--groups", metavar="FILE", help="x")
         p.add_argument("--mask", metavar="FILE|X,Y|all", help="x")
-        p.add_argument("--exemplar", metavar="IMAGE", help="x")
         return common.saved_flags(p, config, "w.pt", own)
     good = {"mode": "b", "layers": [2, 3], "amp": False, "seed": 5, "data": "maps"}
     assert parsed(**good) == good
-    paths = {"groups": "/etc/x", "mask": "/etc/x", "exemplar": "/etc/x"}
+    paths = {"groups": "/etc/x", "mask": "/etc/x"}
     risky = paths | {"workers": 9, "compile": True, "out": "/x", "gone": 1}
     assert parsed(**risky, data="d/e") == {"data": "d/e"}  # only read, and what figures show
     assert parsed(own=True, **risky) == paths
