@@ -1,6 +1,6 @@
 """The one module that a method needs beside itself: what several papers share, or none defines.
 
-    1. Blocks     InstanceNorm, BlurDown, PatchGAN, VGG, mean_std, adain, init_weights
+    1. Blocks     InstanceNorm, BlurDown, PatchGAN, VGG, init_weights
     2. Pictures   open_rgb, open_ids, to_tensor, to_pil, list_pictures, test_pictures, save_grid
     3. Data sets  find_data (a folder, the toy world, or a name: fetched once), shuffled, rate
     4. Flags      UserError, entry, base_parser, parse_flags
@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # ==== 1. Blocks shared by several papers ======================================================
@@ -174,18 +174,6 @@ def vgg_weights(weights):
                         f"{cache}, or use --vgg FILE or random") from None
 
 
-def mean_std(x, eps=1e-5):
-    """Per picture and channel mean and deviation: (B, C, H, W) -> two of (B, C, 1, 1)."""
-    var, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-    return mean, (var + eps).sqrt()
-
-
-def adain(content, mean, std):
-    """content (B, C, H, W) with the given mean and deviation, (B, C, 1, 1) (Huang 2017)."""
-    m, s = mean_std(content)
-    return (content - m) / s * std + mean
-
-
 def init_weights(net, scheme="normal", gain=0.02):
     """Draw all convolutions and linear layers anew: N(0, gain^2), or 'xavier' times gain."""
     for layer in net.modules():
@@ -232,20 +220,21 @@ def opened(path, size_only=False):
     try:
         with Image.open(path) as im:
             turn = im.getexif().get(274)  # how the camera was held
+            if im.format != "MPO" and getattr(im, "n_frames", 1) > 1:  # MPO: two in a phone's photo
+                remark("pages", f"{path}: the first of {im.n_frames} pages is taken", most=5)
             if size_only:
                 return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
             im.load()
             return im.transpose(TURNS[turn]) if turn in TURNS else im
     except Exception as error:  # Pillow's readers raise a dozen types
-        absent = isinstance(error, FileNotFoundError)
-        reason = "no such file" if absent else f"not a readable picture ({error})"
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: no such file" if isinstance(error, FileNotFoundError) else
+                        f"{path}: not a readable picture ({error})") from None
 
 
 def open_rgb(path):
-    """Any picture Pillow can read -> upright 8-bit RGB `PIL.Image`, on white where transparent. Of
-    more than 8 bits of grey, --range is black and white, or else 0 and, for integers, 65535, for
-    floats 1, or 255 if any exceeds 1; not-a-number is black."""
+    """Any picture Pillow can read -> upright 8-bit sRGB `PIL.Image`, on white where transparent:
+    .info["alpha"]. Of more than 8 bits of grey, --range is black and white, or else 0 and, for
+    integers, 65535, for floats 1, or 255 if any exceeds 1; not-a-number is black."""
     im = opened(path)
     if im.mode[0] in "IF":
         grey = np.asarray(im).astype(np.float64)
@@ -256,10 +245,18 @@ def open_rgb(path):
             remark("grey", f"{path}: values from {low:g} to {high:g}, shown from {black:g} to "
                            f"{white:g}; --range LOW HIGH sets that for all", most=5)
         im = Image.fromarray(grey.astype(np.uint8))
-    if im.has_transparency_data:
-        im = im.convert("RGBA")
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-    return im.convert("RGB")
+    if im.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in im.info:  # Adobe RGB, Display P3
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile says nothing
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(im.info["icc_profile"]))
+            if "sRGB" not in ImageCms.getProfileDescription(profile):
+                im = ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"),
+                                               outputMode=im.mode.replace("CMYK", "RGB"))
+    if not im.has_transparency_data:
+        return im.convert("RGB")
+    im = im.convert("RGBA")
+    rgb = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
+    rgb.info = {"alpha": im.getchannel("A")}
+    return rgb
 
 
 def open_ids(path, hint=""):
@@ -357,13 +354,17 @@ def at_side(size, path):
 
 
 def translate_files(source, out, net):
-    """Write net((1, 3, H, W)) of a picture, or of each of a folder, to out/NAME.png. With --side it
-    sees them smaller, and what it gives (perhaps several side by side) grows back."""
+    """Write net((1, 3, H, W)) of a picture, or of each of a folder, to out/NAME.png, transparent
+    where that was. With --side it sees them smaller; what it gives (or several abreast) grows back.
+    """
     def paint(path):
         im = open_rgb(path)
         w, h = at_side(im.size, path)
         y = to_pil(net(to_tensor(im.resize((w, h), Image.BICUBIC))[None])[0])
-        return y.resize((y.width // w * im.width, im.height), Image.BICUBIC)
+        y = y.resize((y.width // w * im.width, im.height), Image.BICUBIC)
+        if (alpha := im.info.get("alpha")) and alpha.getextrema()[0] < 255:
+            y.putalpha(Image.fromarray(np.tile(alpha, y.width // im.width)))
+        return y
 
     paint_files(list_pictures(source), out, paint)
 
@@ -399,9 +400,8 @@ def save_grid(path, columns):
     for c, (label, pictures) in enumerate(columns.items()):
         left = 4 + c * (w + 4)
         draw.text((left, 3), label, fill="black", font=ImageFont.load_default(12))
-        for r, picture in enumerate(pictures):
-            tile = to_pil(picture).resize((w, h), Image.NEAREST)
-            sheet.paste(tile, (left, bar + 2 + r * (h + 4)))
+        for r, x in enumerate(pictures):
+            sheet.paste(to_pil(x).resize((w, h), Image.NEAREST), (left, bar + 2 + r * (h + 4)))
     write_whole(path, partial(sheet.save, format="PNG"))
 
 
@@ -412,10 +412,8 @@ def write_whole(path, content):
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "wb") as f:
-            if isinstance(content, str):
-                f.write(content.encode(errors="surrogateescape"))  # names of any bytes
-            else:
-                content(f)
+            f.write(content.encode(errors="surrogateescape")) if isinstance(
+                content, str) else content(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(scratch, path)
@@ -462,7 +460,7 @@ def has_pictures(folder):
 
 
 def set_aside(path):
-    """Give a folder another name, NAME.1 or the first that is free, and say so."""
+    """Give a file or folder another name, NAME.1 or the first that is free, and say so."""
     names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     kept = path.rename(next(name for name in names if not name.exists()))
     print(f"what was in {path} is kept in {kept}")
@@ -485,13 +483,11 @@ def download(addresses, folder):
                          else [m.size for m in tarfile.open(archive)])
                 if sum(sizes) > 100 * archive.stat().st_size + 2**20:  # pictures hardly shrink
                     raise OSError(f"would unpack to {sum(sizes)} bytes")
-                safe = {} if zipped else {"filter": "data"}  # tar: no links out
-                shutil.unpack_archive(archive, files, **safe)
+                shutil.unpack_archive(archive, files, filter=None if zipped else "data")  # no links
                 if not has_pictures(files):
                     raise OSError("no pictures in it")
-                inside = list(files.iterdir())
-                single = len(inside) == 1 and inside[0].is_dir()
-                return (inside[0] if single else files).rename(folder)
+                top, *others = files.iterdir()
+                return (files if others or not top.is_dir() else top).rename(folder)
         except Exception as error:  # network, disk and three archive libraries: a dozen types
             errors.append(f"{address} ({' '.join(str(error).split()) or type(error).__name__})")
     raise UserError(f"cannot fetch {folder.name}: {'; '.join(errors)}; fetch it by hand and unpack "
@@ -728,9 +724,8 @@ OWN_FILES = {"lock", "config.json", "log.csv", "samples", "last.pt", "index.html
 def start_worker(grey, _):
     """Leave Ctrl-C to the main process, which finishes its step with the workers alive."""
     globals()["GREY"] = grey
-    for stop in STOPS:
-        if stop != signal.SIGTERM:  # the one by which the main process ends a worker
-            signal.signal(stop, signal.SIG_IGN)
+    for stop in {*STOPS} - {signal.SIGTERM}:  # by which the main process ends a worker
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def locked(folder):
@@ -762,7 +757,7 @@ class Run:
     def __init__(self, method, args, chance=None):
         self.method, self.args, self.chance = method, args, chance or {}
         self.folder, self.device = Path(args.run_folder), pick_device(args.device)
-        self.step, self.seconds, self.sums, self.stop = 0, 0.0, {}, False
+        self.step, self.seconds, self.sums, self.stop, self.head = 0, 0.0, {}, False, ""
         self.config = {k: v for k, v in vars(args).items() if k != "run_folder"}
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -801,6 +796,7 @@ class Run:
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
                 if (log := self.folder / "log.csv").exists():  # drop what the checkpoint lacks
                     rows = log.read_text(encoding="utf-8").splitlines(True)
+                    self.head = rows[0].strip() if rows else ""
                     write_whole(log, "".join(row for i, row in enumerate(rows) if row[-1] == "\n"
                                              and (i == 0 or int(row.split(",")[0]) <= self.step)))
             except (OSError, ValueError) as error:  # ValueError: '.' cannot be renamed
@@ -949,11 +945,15 @@ class Run:
         texts.append(f"| {self.step * group / self.seconds:.3g} pictures/s")
         self.bar.set_postfix_str(" ".join(texts), refresh=False)
         if self.rank == 0:
+            log, head = self.folder / "log.csv", ",".join(["step", *means, "seconds"])
             values = [f"{value:.6g}" for value in means.values()]
             try:
-                with open(self.folder / "log.csv", "a", encoding="utf-8") as f:
+                if self.head not in ("", head):  # --resume with a loss more or less
+                    set_aside(log)
+                self.head = head
+                with open(log, "a", encoding="utf-8") as f:
                     if f.tell() == 0:
-                        print("step", *means, "seconds", sep=",", file=f)
+                        print(head, file=f)
                     print(self.step, *values, f"{self.seconds:.2f}", sep=",", file=f)
             except OSError as error:
                 raise UserError(f"--out {self.folder}: cannot write there ({error})") from None

@@ -363,17 +363,17 @@ class Unpaired(torch.utils.data.Dataset):  # same as cyclegan.py: Unpaired
     CHOICE (code): in the decaying part of a run pictures are resized to the crop, not cropped.
     """
 
-    def __init__(self, root, args, samples=None):
+    def __init__(self, root, args):
         sides = "AB" if args.direction == "AtoB" else "BA"
         self.X, self.Y = (common.find_split(root, "train", side) for side in sides)
-        self.args, self.samples = args, samples
+        self.args, self.samples = args, math.inf  # `train` says how many the run will take
 
     def __getitem__(self, n):
         rng = random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.X))
         x = self.X[common.shuffled(len(self.X), common.mix(self.args.seed, "epoch", epoch))[i]]
         y = rng.choice(self.Y)
-        late = self.samples is not None and n >= self.args.decay_from * self.samples
+        late = n >= self.args.decay_from * self.samples
         return self.load(x, rng, late), self.load(y, rng, late)
 
     def load(self, path, rng, late):

@@ -66,6 +66,7 @@ import json
 import math
 import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,7 +332,7 @@ class SmallFCN(nn.Module):
                 nn.ReLU(inplace=True))])
 
         widths = (3, 16, 32, 64, 64)
-        self.blocks = nn.ModuleList(map(block, widths[:-1], widths[1:]))
+        self.blocks = nn.ModuleList(block(a, b) for a, b in pairwise(widths))
         self.scores = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in widths[1:])
 
     def forward(self, x):

@@ -47,6 +47,7 @@ EXPECT       python cyclegan.py: 9.5 minutes of one slow core (seed 0, 40 test s
 
 import argparse
 import functools
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,8 +109,6 @@ def get_args(argv=None):
     args = common.parse_flags(p, argv, "cyclegan", presets, run_name, channels_last=False)
     if args.size < 32 or args.size % 4:
         raise UserError(f"--size {args.size}: must be at least 32 and a multiple of 4")
-    if args.pool < 0:
-        raise UserError(f"--pool {args.pool}: must be 0 (no buffer) or more")
     return args
 
 
@@ -271,17 +270,17 @@ class Unpaired(torch.utils.data.Dataset):
     CHOICE (code): in the decaying part of a run pictures are resized to the crop, not cropped.
     """
 
-    def __init__(self, root, args, samples=None):
+    def __init__(self, root, args):
         sides = "AB" if args.direction == "AtoB" else "BA"
         self.X, self.Y = (common.find_split(root, "train", side) for side in sides)
-        self.args, self.samples = args, samples
+        self.args, self.samples = args, math.inf  # `train` says how many the run will take
 
     def __getitem__(self, n):
         rng = random.Random(common.mix(self.args.seed, n))
         epoch, i = divmod(n, len(self.X))
         x = self.X[common.shuffled(len(self.X), common.mix(self.args.seed, "epoch", epoch))[i]]
         y = rng.choice(self.Y)
-        late = self.samples is not None and n >= self.args.decay_from * self.samples
+        late = n >= self.args.decay_from * self.samples
         return self.load(x, rng, late), self.load(y, rng, late)
 
     def load(self, path, rng, late):

@@ -66,6 +66,7 @@ import functools
 import os
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,7 +154,6 @@ def get_args(argv=None):
     for name in ("g_updates", "pretrain"):
         if getattr(args, name) == 0:
             raise UserError(f"--{name.replace('_', '-')} 0: must be at least 1")
-    args.log_every += -args.log_every % args.g_updates  # every row of log.csv has a loss of D
     multiple = max(2**args.downs, 4 if digits else 1)
     if min(args.size, args.height) < 16 or args.size % multiple or args.height % multiple:
         raise UserError(f"--size {args.size} --height {args.height}: must be at least 16 and "
@@ -234,7 +234,7 @@ class Discriminator(nn.Module):
             nn.Sequential(nn.Conv2d(a, b, 4, 2),
                           *([nn.GroupNorm(b, b)] if i > 0 and norm else []),  # affine IN (code)
                           nn.LeakyReLU(0.2, inplace=True))
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)))
+            for i, (a, b) in enumerate(pairwise(widths)))
         self.logit = nn.Conv2d(widths[-1], 1, 1)
 
     def forward(self, x):

@@ -65,6 +65,7 @@ import json
 import math
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,6 +207,12 @@ class Encoder(nn.Module):
         return self.content(x), self.style(x)
 
 
+def adain(h, mean, std):
+    """h (B, C, H, W), each channel with a given mean and deviation, (B, C, 1, 1) (Huang 2017)."""
+    var, mu = torch.var_mean(h, dim=(2, 3), correction=0, keepdim=True)   # (B, C, 1, 1)
+    return (h - mu) / (var + 1e-5).sqrt() * std + mean
+
+
 class AdaINBlock(nn.Module):
     """ResnetBlock whose two normalisations get their mean and deviation from the style."""
 
@@ -214,8 +221,8 @@ class AdaINBlock(nn.Module):
         self.conv1, self.conv2 = conv(channels, channels, 3), conv(channels, channels, 3)
 
     def forward(self, x, mean1, std1, mean2, std2):
-        h = F.relu(common.adain(self.conv1(x), mean1, std1))
-        return x + common.adain(self.conv2(h), mean2, std2)
+        h = F.relu(adain(self.conv1(x), mean1, std1))
+        return x + adain(self.conv2(h), mean2, std2)
 
 
 class LayerNorm(nn.Module):
@@ -270,7 +277,7 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [3] + [ndf * 2**i for i in range(layers)]
         self.scales = nn.ModuleList([nn.Sequential(
-            *[part for a, b in zip(widths[:-1], widths[1:], strict=True)
+            *[part for a, b in pairwise(widths)
               for part in (conv(a, b, 4, 2), nn.LeakyReLU(0.2, inplace=True))],
             nn.Conv2d(widths[-1], 1, 1)) for _ in range(scales)])
 

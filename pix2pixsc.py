@@ -63,6 +63,7 @@ import functools
 import json
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -197,10 +198,10 @@ class Generator(nn.Module):
             return [InstanceNorm(channels), nn.ReLU(inplace=True)]
 
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(2 * labels + 3, ngf, 7), *relu(ngf)]
-        for a, b in zip(widths, widths[1:], strict=False):                  # (B, 1024, H/16, W/16)
+        for a, b in pairwise(widths):                                       # (B, 1024, H/16, W/16)
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), *relu(b)]   # CHOICE (code): zeros
         layers += [ResnetBlock(widths[-1]) for _ in range(blocks)]
-        for b, a in zip(widths[::-1], widths[-2::-1], strict=False):        # (B, 64, H, W)
+        for b, a in pairwise(widths[::-1]):                                 # (B, 64, H, W)
             layers += [nn.ConvTranspose2d(b, a, 3, stride=2, padding=1, output_padding=1), *relu(a)]
         self.layers = nn.Sequential(
             *layers, nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7), nn.Tanh())

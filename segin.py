@@ -62,8 +62,8 @@ EXPECT       python segin.py: 6 minutes of CPU. With a random VGG parts take the
 """
 
 import functools
-import itertools
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,7 +298,7 @@ class Translator(nn.Module):
         self.bottleneck = nn.Sequential(
             NonLocal(c[5]), ResBlock(c[5]), NonLocal(c[5]), ResBlock(c[5]), NonLocal(c[5]))
         # "Upsample + conv" instead of transposed convolutions avoids checkerboards (Sec. IV).
-        stages = list(itertools.pairwise([c[5], *c[:downs][::-1]]))      # 512 512 256 128 64
+        stages = list(pairwise([c[5], *c[:downs][::-1]]))      # 512 512 256 128 64
         self.image = nn.ModuleList(conv_block(a + b, b) for a, b in stages)  # b more from a skip
         self.to_image = nn.Sequential(nn.Conv2d(c[0], 3, 3, padding=1), nn.Tanh())
         self.segmentation = nn.Sequential(

@@ -51,6 +51,7 @@ EXPECT       python sincut.py: 34 minutes of CPU on a busy core. The horse wears
 import functools
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,7 +230,7 @@ class SinDiscriminator(nn.Module):
         last = widths[-1]
         self.body = nn.Sequential(
             EqualConv(3, widths[0], 1),
-            *[StyleBlock(a, b, down=True) for a, b in zip(widths, widths[1:], strict=False)],
+            *[StyleBlock(a, b, down=True) for a, b in pairwise(widths)],
             EqualConv(last, last, 3),                                          # (B, 384, 4, 4)
             EqualConv(last, last, 4, stride=4),                                # (B, 384, 1, 1)
             EqualConv(last, 1, 1, activate=False))

@@ -55,11 +55,11 @@ EXPECT       python spade.py: 10 minutes of a slow core, 8 more for the networks
 
 import argparse
 import functools
-import itertools
 import math
 import os
 import random
 import re
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +81,9 @@ from common import InstanceNorm, Run, UserError, full
 
 KNOWN = {"ade20k": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
                     "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip")}
+LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/; optional train_inst/ test_inst/) "
+          "with pictures and label maps of the same names, Cityscapes' leftImg8bit/ gtFine/, or "
+          "ADE20K's images/ annotations/")
 KINDS = {  # Sec. 2.4, 2.6, by how a data set's name begins; ids as the released networks have them
     # CHOICE (code): ADE20K's maps are used as they are: 0 unknown, 1 to 150 the classes.
     "ade20k": {"labels": 151, "unlabelled": [0]},  # ADE20K-outdoor, too
@@ -282,7 +285,7 @@ class Encoder(nn.Module):
         widths = [3, *(ngf * min(2**i, 8) for i in range(int(math.log2(self.side)) - 2))]
         self.layers = nn.Sequential(*[
             nn.Sequential(sn(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False)), InstanceNorm(b),
-                          nn.LeakyReLU(0.2)) for a, b in itertools.pairwise(widths)])
+                          nn.LeakyReLU(0.2)) for a, b in pairwise(widths)])
         self.mu, self.logvar = nn.Linear(16 * widths[-1], z), nn.Linear(16 * widths[-1], z)
 
     def forward(self, x):
@@ -304,7 +307,7 @@ class Discriminator(nn.Module):
         widths = [ndf * min(2**i, 8) for i in range(layers)]
         self.stages = nn.ModuleList([nn.Sequential(
             nn.Conv2d(in_channels, ndf, 4, stride=2, padding=2), nn.LeakyReLU(0.2, inplace=True))])
-        for i, (a, b) in enumerate(itertools.pairwise(widths), start=2):
+        for i, (a, b) in enumerate(pairwise(widths), start=2):
             self.stages.append(nn.Sequential(
                 sn(nn.Conv2d(a, b, 4, stride=2 if i < layers else 1, padding=2, bias=False)),
                 InstanceNorm(b), nn.LeakyReLU(0.2, inplace=True)))
@@ -431,9 +434,6 @@ def kl_divergence(mu, logvar):
 # 4. Data
 # =============================================================================================
 
-LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/; optional train_inst/ test_inst/) "
-          "with pictures and label maps of the same names, Cityscapes' leftImg8bit/ gtFine/, or "
-          "ADE20K's images/ annotations/")
 PLACES = [  # of pictures, label maps, instance maps; and what they call our splits
     ("{}_img/*", "{}_label/*", "{}_inst/*", {"train": "train", "test": "test", "val": "val"}),
     ("{}_img/*", "{}_label/*", "{}_inst/*", {"test": "val"}),  # where there is no other

@@ -19,7 +19,8 @@ METHODS = {  # script: (method, paper, the data it needs, what the toy run shows
                  "horses become zebras, stripes follow the body; pale skies"),
     "cut": ("CUT, FastCUT", "Park et al., ECCV 2020", "two unpaired folders",
             "the same with one generator; dots in the ground"),
-    "sincut": ("SinCUT", "the same", "two pictures", "one horse wears one zebra's stripes"),
+    "sincut": ("SinCUT", "Park et al., ECCV 2020", "two pictures",
+               "one horse wears one zebra's stripes"),
     "spade": ("SPADE ([pix2pixHD++](lab/rows/pix2pixhd.py))", "Park et al., CVPR 2019",
               "label maps and pictures", "a label map painted in any picture's style"),
     "pix2pixsc": ("pix2pixSC", "Wang et al., CVPR 2019", "clips with label maps",
@@ -62,8 +63,8 @@ def against_painters(records):
 
 def methods(lines):
     """README's table; lines: {script: how many it has}."""
-    rows = ["| file | method | paper | data | what you see | lines | minutes | toy result; best "
-            "painter |", "|---" * 8 + "|"]
+    rows = ["| paper, in one file | data | what you see | lines | minutes | toy result; best "
+            "painter |", "|---" * 6 + "|"]
     for script in ORDER:
         found = measured(f"{script}.toy")
         said, minutes = "not run", ""
@@ -74,7 +75,8 @@ def methods(lines):
             said = (f"{name} {value:.3g} ({seeds}){'' if beaten else ', **no success**'}; "
                     f"{painter} {other:.3g}")
             minutes = f"{min(r['seconds'] for r in records) / 60:.0f}"
-        rows.append(f"| [{script}.py]({script}.py) | {' | '.join(METHODS[script])} | "
+        method, paper, *seen = METHODS[script]
+        rows.append(f"| [{script}.py]({script}.py) {method}, {paper} | {' | '.join(seen)} | "
                     f"{lines[script]} | {minutes} | {said} |")
     return "\n".join(rows)
 

@@ -242,23 +242,6 @@ def test_imagenet_weights(tmp_path, monkeypatch):
     assert url in str(caught.value) and str(cached) in str(caught.value)
 
 
-def test_mean_std_and_adain():
-    x, style = noise(2, 3, 5, 4), noise(2, 3, 7, 6, seed=1) * 2 + 3
-    means, deviations = common.mean_std(x)
-    y_means, y_deviations = common.mean_std(style)
-    out = common.adain(x, y_means, y_deviations)
-    assert means.shape == deviations.shape == (2, 3, 1, 1)
-    for b in range(2):
-        for c in range(3):
-            def naive(plane):
-                m = sum(plane.flatten().tolist()) / plane.numel()
-                v = sum((p - m) ** 2 for p in plane.flatten().tolist()) / plane.numel()
-                return m, math.sqrt(v + 1e-5)
-            (m, s), (ym, ys) = naive(x[b, c]), naive(style[b, c])
-            assert (means[b, c].item(), deviations[b, c].item()) == pytest.approx((m, s))
-            assert torch.allclose(out[b, c], (x[b, c] - m) / s * ys + ym)
-
-
 def test_full():
     for dtype, out in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32),
                        (torch.float32, torch.float32), (torch.float64, torch.float64)):
@@ -912,6 +895,20 @@ def test_a_killed_run_repeats_what_it_had_not_saved(whole, tmp_path):
     assert [r[0] for r in seen[0]] == ["5"]
     ends_like(folder, whole)
     assert log_rows(folder) == log_rows(whole)
+
+
+def test_a_loss_more_begins_another_log(tmp_path, capsys):
+    """As --resume --lambda-Y 1 after a run without: no row under the names of others."""
+    tiny_run(tmp_path / "run", 5)
+
+    def more(run):
+        run.log({"L_more": torch.tensor(2.0)})
+    tiny_run(tmp_path / "run", 15, each=more, resume=True)
+    assert (tmp_path / "run/log.csv.1").read_text().startswith("step,L_G,L_max,seconds\n5,")
+    head, *rows = (tmp_path / "run/log.csv").read_text().split()
+    assert head == "step,L_G,L_max,L_more,seconds" and [r[:2] for r in rows] == ["10", "15"]
+    assert all(row.split(",")[3] == "2" for row in rows)
+    assert "is kept in" in capsys.readouterr().out
 
 
 def test_an_empty_log_is_no_obstacle(tmp_path):

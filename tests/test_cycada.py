@@ -691,6 +691,21 @@ def test_label_ids_and_ignored(tmp_path):
                                                                                       [2, 255]]
 
 
+def test_truth_of_the_grid_has_the_labels_own_colours(tmp_path):
+    """Label maps are resized by nearest neighbours; between ids 0 and 2 there is no 1."""
+    pairs = []
+    for i, size in enumerate((48, 72)):
+        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(tmp_path / f"x{i}.png")
+        ids = np.zeros((size, size), np.uint8)
+        ids[::3] = 2
+        Image.fromarray(ids).save(tmp_path / f"y{i}.png")
+        pairs.append((tmp_path / f"x{i}.png", tmp_path / f"y{i}.png"))
+    columns = cycada.label_columns({}, {"test": pairs, "target": []}, tiny_args(), "cpu")
+    assert columns["truth"].shape == columns["x_t"].shape == (2, 3, 48, 48)
+    known = cycada.colours(torch.tensor([[[0, 2]]]), 7)[0, :, 0].T                # (2, 3)
+    assert torch.cdist(columns["truth"].movedim(1, 3).reshape(-1, 3), known).min(1)[0].max() == 0
+
+
 # ---- runs -------------------------------------------------------------------------------------
 
 

@@ -694,7 +694,6 @@ def test_what_train_applies(folder, tmp_path, monkeypatch, small_vgg):
 
     for name in seen:
         monkeypatch.setattr(egscit, name, recorder(name))
-    args = tiny_args("--g-updates", "5")
     flags = [*TINY[:TINY.index("--pretrain")], "--vgg", "random", "--batch", "1", "--lr", "0.01"]
     run("--data", folder, *flags, "--out", tmp_path / "run")
     assert len(seen["pretrain_step"]) == 4 and len(seen["train_step"]) == 20 == 5 * 4  # 4 pairs
@@ -703,7 +702,13 @@ def test_what_train_applies(folder, tmp_path, monkeypatch, small_vgg):
         assert [rates[0] for rates in seen[name]] == pytest.approx(expected)
         assert [rates[1] for rates in seen[name]] == pytest.approx(expected)
     assert [s[2] for s in seen["train_step"]] == [t % 5 == 0 for t in range(20)]
-    assert args.log_every == 5  # every row of log.csv has a loss of D
+
+
+def test_a_row_without_an_update_of_D_repeats_its_latest_loss(folder, tmp_path, small_vgg):
+    run("--data", folder, *TINY, "--g-updates", 3, "--log-every", 1, "--steps", 5,
+        "--out", tmp_path / "run")
+    L_D = rows_of(tmp_path / "run")["L_D_A"]
+    assert L_D[0] == L_D[1] == L_D[2] != L_D[3] == L_D[4]
 
 
 def test_run_folder(trained):
@@ -815,7 +820,7 @@ def test_translate_keeps_every_size(trained, tmp_path, way):
         "--weights", trained / "last.pt", "--out", tmp_path / "out", "--device", "cpu")
     for stem, size in sizes.items():
         with Image.open(tmp_path / "out" / f"{stem}.png") as im:
-            assert im.size == size and im.mode == "RGB"
+            assert im.size == size and im.mode == ("RGBA" if stem == "rgba" else "RGB")
 
 
 def test_translate_is_the_flow_of_its_direction_without_noise(trained, small_vgg):

@@ -17,7 +17,7 @@ import pytest
 import test_common as t
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageCms
 from test_readme import SCRIPTS, parser_of
 
 import common
@@ -116,6 +116,57 @@ def test_side_resizes_bicubically_there_and_back(tmp_path, monkeypatch):
     small = Image.fromarray(noise).resize((30, 20), Image.BICUBIC)
     written = np.asarray(Image.open(tmp_path / "out/a.png")).astype(int)
     assert np.abs(written - np.asarray(small.resize((90, 60), Image.BICUBIC))).max() <= 2
+
+
+def exchanged_profile():
+    """An ICC profile whose red is sRGB's blue, and the reverse: its table of tags names them so."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for a, b in ((b"rXYZ", b"????"), (b"bXYZ", b"rXYZ"), (b"????", b"bXYZ")):
+        profile = profile.replace(a, b, 1)
+    return profile.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+
+
+def test_colours_of_another_profile_become_srgb(tmp_path):
+    """As an Adobe RGB or Display P3 photograph; sRGB's own and a broken one change nothing."""
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile, seen in ((exchanged_profile(), rgb[..., ::-1]), (srgb, rgb), (b"broken", rgb)):
+        path = stored(tmp_path / "a.png", rgb, icc_profile=profile)
+        read = np.asarray(common.open_rgb(path)).astype(int)
+        assert np.abs(read - seen).max() <= 1
+    alpha = np.full((8, 8, 1), 255, np.uint8)
+    alpha[:4] = 0
+    path = stored(tmp_path / "b.png", np.concatenate([rgb, alpha], 2),
+                  icc_profile=exchanged_profile())
+    read = np.asarray(common.open_rgb(path)).astype(int)
+    assert (read[:4] == 255).all() and np.abs(read[4:] - rgb[4:, :, ::-1]).max() <= 1
+
+
+@pytest.mark.parametrize("side", [None, 10])
+def test_what_was_transparent_is_so_again(tmp_path, monkeypatch, side):
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    monkeypatch.setattr(common, "SIDE", side)
+    stored(tmp_path / "a.png", rgba)
+    common.translate_files(tmp_path / "a.png", tmp_path / "out", lambda x: torch.cat([x, -x], 3))
+    written = np.asarray(Image.open(tmp_path / "out/a.png"))
+    assert written.shape == (20, 60, 4)
+    assert (written[..., 3] == np.tile(rgba[..., 3], (1, 2))).all()
+    rgba[..., 3] = 255
+    for name, opaque in (("b.png", rgba), ("c.png", rgba[..., :3])):
+        stored(tmp_path / name, opaque)
+        common.translate_files(tmp_path / name, tmp_path / "out", lambda x: x)
+        assert Image.open(tmp_path / "out" / name).mode == "RGB"
+
+
+def test_pages_after_the_first_are_counted(tmp_path, capsys):
+    pages = [Image.new("RGB", (9, 9), colour) for colour in ("red", "green", "blue")]
+    for name in ("a.tif", "b.gif", "c.webp"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        assert common.open_rgb(tmp_path / name).getpixel((4, 4))[1:] <= (9, 9)
+        assert f"{name}: the first of 3 pages is taken" in capsys.readouterr().err
+    pages[0].save(tmp_path / "d.tif")
+    common.open_rgb(tmp_path / "d.tif")
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side, seen", [(None, (90, 60)), (20, (30, 20)), (120, (180, 120))])
