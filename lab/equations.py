@@ -147,13 +147,12 @@ def page():
     for script in dict.fromkeys(e.script for e in found):
         own = [e for e in found if e.script == script]
         lines += ["", f"## {script}.py", "",
-                  f"{own[0].paper}. Tests: [test_{script}.py](../tests/test_{script}.py).", "",
-                  "| equation | in words | lines | tests | faults that die |",
-                  "| --- | --- | --- | --- | --- |"]
+                  f"{own[0].paper}. Tests: [test_{script}.py](../tests/test_{script}.py).", ""]
         for e in own:
             where = ", ".join(f"[{Path(file).name}:{n}](../{file}#L{n})" for file, n in e.places)
-            lines.append(f"| ({e.number}) | {e.words.replace('|', chr(92) + '|')} | "
-                         f"{where or e.none} | {', '.join(e.tests)} | {', '.join(e.faults)} |")
+            lines.append(f"- **Eq. ({e.number})**, {where or e.none}: {e.words}. "
+                         + f"*Tests:* {', '.join(e.tests)}. " * bool(e.tests)
+                         + f"*Faults that die:* {', '.join(e.faults)}." * bool(e.faults))
     return "\n".join(lines) + "\n"
 
 

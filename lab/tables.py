@@ -376,10 +376,11 @@ def markdown(series, seeds):
                  if v else "" for v in numbers]
         return f"| {' | '.join([label, *cells, *(str(paper.get(c, '')) for c in columns)])} |"
 
-    heads = [*(f"{name} ({better} is better)" for name, better in directions.items()),
+    heads = [*(f"{name} ({better})" for name, better in directions.items()),
              *(f"paper: {column}" for column in columns)]
-    lines = [f"{series.name}, {table.about}: {table.script}.py {shlex.join(series.shared)}, seeds "
-             f"{' '.join(map(str, seeds))}, mean (least to most)", "",
+    command = shlex.join([f"{table.script}.py", *series.shared])
+    lines = [f"{series.name}, {table.about}: {command}, seeds {' '.join(map(str, seeds))}, mean "
+             "(least to most); (lower), (higher): which is better", "",
              f"| {' | '.join(['row', *heads])} |", "|---" * (1 + len(heads)) + "|"]
     for row in table.rows:
         n = len(found[row.label])

@@ -83,4 +83,4 @@ def test_a_mistake_in_the_list_is_named(tmp_path, monkeypatch, capsys):
     equations.main([])
     out = capsys.readouterr().out
     assert out == equations.page()
-    assert len(re.findall(r"^\| \(", out, re.MULTILINE)) == len(FOUND)
+    assert len(re.findall(r"^- \*\*Eq\. \(", out, re.MULTILINE)) == len(FOUND)

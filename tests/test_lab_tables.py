@@ -232,8 +232,9 @@ def test_markdown(lab, capsys):
     run()
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "fake.tab, Tab. 0: fake.py --steps 20, seeds 0 1 2, mean (least to most)", "",
-        "| row | error (lower is better) | gain (higher is better) | paper: FID | paper: IoU |",
+        "fake.tab, Tab. 0: fake.py --steps 20, seeds 0 1 2, mean (least to most); (lower), "
+        "(higher): which is better", "",
+        "| row | error (lower) | gain (higher) | paper: FID | paper: IoU |",
         "|---|---|---|---|---|",
         "| Full | 1.75 (0.25 to 3.25) | 20 (20 to 20) | 45.5 |  |",
         "| Worse | 11.8 (10.2 to 13.2) | 20 (20 to 20) |  | 0.1 |",
