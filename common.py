@@ -9,6 +9,7 @@
 
 import argparse
 import contextlib
+import glob
 import importlib
 import io
 import itertools
@@ -158,20 +159,20 @@ class VGG(nn.Module):
         return found
 
 
-def vgg_weights(weights):
-    """The state dict of a file, or torchvision's VGG-19 for 'imagenet'; `UserError`."""
+def vgg_weights(weights, network="VGG19", flag="--vgg"):
+    """The state dict of a file, or torchvision's of that network for 'imagenet'; `UserError`."""
     if weights != "imagenet":
         state = load_file(weights)
         return state if isinstance(state, dict) else {}
-    from torchvision.models import VGG19_Weights
+    from torchvision import models
 
-    source = VGG19_Weights.IMAGENET1K_V1
+    source = getattr(models, f"{network}_Weights").IMAGENET1K_V1
     try:
         return source.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:  # no network, a wrong hash, or a broken file in the cache
         cache = Path(torch.hub.get_dir(), "checkpoints", Path(source.url).name)
-        raise UserError(f"--vgg imagenet: cannot fetch {source.url} ({error}); put that file at "
-                        f"{cache}, or use --vgg FILE or random") from None
+        raise UserError(f"{flag} imagenet: cannot fetch {source.url} ({error}); put that file at "
+                        f"{cache}, or use {flag} FILE or random") from None
 
 
 def init_weights(net, scheme="normal", gain=0.02):
@@ -192,7 +193,8 @@ def init_weights(net, scheme="normal", gain=0.02):
 # ==== 2. Pictures =============================================================================
 
 Image.init()
-SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN
+            and kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")}  # named, not decoded
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 GREY, SIDE = None, None  # --range: black and white of more than 8 bits of grey; --side
@@ -219,13 +221,17 @@ def opened(path, size_only=False):
     which needs no decoding; `UserError` with its name if that fails."""
     try:
         with Image.open(path) as im:
-            turn = im.getexif().get(274)  # how the camera was held
-            if im.format != "MPO" and getattr(im, "n_frames", 1) > 1:  # MPO: two in a phone's photo
+            turn, kind = None, im.format
+            with contextlib.suppress(Exception):  # damaged EXIF spoils no pixel
+                turn = Image.Image.getexif(im).get(274)  # how it was held; PNG's own decodes
+            if kind != "MPO" and getattr(im, "n_frames", 1) > 1:  # MPO: two in a phone's photo
                 remark("pages", f"{path}: the first of {im.n_frames} pages is taken", most=5)
             if size_only:
                 return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
             im.load()
-            return im.transpose(TURNS[turn]) if turn in TURNS else im
+            im = im.transpose(TURNS[turn]) if turn in TURNS else im
+            im.format = kind
+            return im
     except Exception as error:  # Pillow's readers raise a dozen types
         raise UserError(f"{path}: no such file" if isinstance(error, FileNotFoundError) else
                         f"{path}: not a readable picture ({error})") from None
@@ -245,34 +251,31 @@ def open_rgb(path):
             remark("grey", f"{path}: values from {low:g} to {high:g}, shown from {black:g} to "
                            f"{white:g}; --range LOW HIGH sets that for all", most=5)
         im = Image.fromarray(grey.astype(np.uint8))
+    if im.has_transparency_data or im.mode == "P":  # while its palette and key colour are known
+        im = im.convert("RGBA" if im.has_transparency_data else "RGB")
     if im.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in im.info:  # Adobe RGB, Display P3
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile says nothing
             profile = ImageCms.ImageCmsProfile(io.BytesIO(im.info["icc_profile"]))
             if "sRGB" not in ImageCms.getProfileDescription(profile):
                 im = ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"),
                                                outputMode=im.mode.replace("CMYK", "RGB"))
-    if not im.has_transparency_data:
+    if im.mode != "RGBA":
         return im.convert("RGB")
-    im = im.convert("RGBA")
     rgb = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     rgb.info = {"alpha": im.getchannel("A")}
     return rgb
 
 
-def open_ids(path, hint=""):
-    """A map of ids (a palette's are its indices) -> `PIL.Image`, mode L or I; hint: at colours."""
-    expect(Path(path).suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".jpe"),
-           f"{path}: JPEG changes ids, save label maps as PNG")
-    im = opened(path)
+def open_ids(path, hint="", of=None):
+    """A map of ids (a palette's are its indices) -> `PIL.Image`, mode L or I. hint: at colours; of:
+    the picture whose size, seen upright, it must have."""
+    im, size = opened(path), of and opened(of, size_only=True)
+    expect(im.format not in ("JPEG", "MPO"), f"{path}: JPEG changes ids, save label maps as PNG")
     expect(im.mode in ("P", "L", "1") or im.mode[0] == "I",
            f"{path}: expected a map of ids with one channel, found {im.mode} pixels{hint}")
+    expect(size in (None, im.size), f"{path}: {im.width}x{im.height} pixels, but {of} has "
+                                    f"{size and size[0]}x{size and size[1]}")
     return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
-
-
-def check_same_size(picture, ids):
-    """`UserError` if a picture and its map of ids are not of one size, as seen upright."""
-    a, b = opened(picture, size_only=True), opened(ids, size_only=True)
-    expect(a == b, f"{ids}: {b[0]}x{b[1]} pixels, but {picture} has {a[0]}x{a[1]}")
 
 
 def to_tensor(im):
@@ -293,8 +296,8 @@ def list_pictures(path, below=False, suffixes=SUFFIXES):
     if path.is_file():
         return [path]
     expect(path.is_dir(), f"{path}: no such file or folder")
-    every = sorted(f for f in path.glob("**/*" if below else "*") if f.is_file()
-                   and not any(part[0] == "." for part in f.relative_to(path).parts))
+    every = sorted(f for name in glob.iglob("**" if below else "*", root_dir=path, recursive=below)
+                   if (f := path / name).is_file())  # glob follows links and skips .names
     files = [f for f in every if f.suffix.lower() in suffixes]
     kinds = "PNG, JPEG or what Pillow reads" if len(suffixes) > 9 else ", ".join(suffixes)
     expect(files, f"{path}: no pictures in this folder ({kinds})")
@@ -320,21 +323,22 @@ def find_split(root, split, side):
     return list_pictures(found)
 
 
-def test_pictures(root, args, device, limit=None, square=False):
+def test_pictures(root, args, device, limit=None, square=False, fit=tuple):
     """{'x': (N, 3, H, W), 'y': ...} of the split --split, on the device; of training pictures, and
     a line says so, where there is no test split. limit: that many, evenly spaced. square: resized
-    to --size x --size, as papers evaluate, else to the first one's size: a grid has one size."""
+    to --size x --size, as papers evaluate, else to what fit makes of the first one's size."""
     split, found = args.split, {}
     if split == "test" and not Path(root, "testA").is_dir() and not Path(root, "test/A").is_dir():
         print(f"{root} has no test pictures: these are training pictures")
         split = "train"
     for name, side in zip("xy", "AB" if args.direction == "AtoB" else "BA", strict=True):
         files = find_split(root, split, side)
-        every = max(1, len(files) // limit) if limit else 1  # neighbours are often video frames
-        pictures = [open_rgb(f) for f in files[::every][:limit]]
-        size = (args.size, args.size) if square else pictures[0].size
-        pictures = [to_tensor(p.resize(size, Image.BICUBIC)) for p in pictures]
-        found[name] = torch.stack(pictures).to(device)
+        n = min(limit or len(files), len(files))  # neighbours are often video frames
+        size = fit(opened(files[0], size_only=True))
+        shrink = min(1, TRAINED / min(size))  # a phone's photo in a grid would fill the memory
+        size = (args.size, args.size) if square else [max(1, round(k * shrink)) for k in size]
+        found[name] = torch.stack([to_tensor(open_rgb(files[i * len(files) // n]).resize(
+            size, Image.BICUBIC)) for i in range(n)]).to(device)
     return found
 
 
@@ -353,7 +357,7 @@ def at_side(size, path):
     return tuple(max(1, round(n * (SIDE or min(size)) / min(size))) for n in size)
 
 
-def translate_files(source, out, net):
+def translate_files(source, out, net, keep=(), alpha=True):
     """Write net((1, 3, H, W)) of a picture, or of each of a folder, to out/NAME.png, transparent
     where that was. With --side it sees them smaller; what it gives (or several abreast) grows back.
     """
@@ -362,22 +366,23 @@ def translate_files(source, out, net):
         w, h = at_side(im.size, path)
         y = to_pil(net(to_tensor(im.resize((w, h), Image.BICUBIC))[None])[0])
         y = y.resize((y.width // w * im.width, im.height), Image.BICUBIC)
-        if (alpha := im.info.get("alpha")) and alpha.getextrema()[0] < 255:
-            y.putalpha(Image.fromarray(np.tile(alpha, y.width // im.width)))
+        if alpha and (a := im.info.get("alpha")) and a.getextrema()[0] < 255:
+            y.putalpha(Image.fromarray(np.tile(a, y.width // im.width)))
         return y
 
-    paint_files(list_pictures(source), out, paint)
+    paint_files(list_pictures(source), out, paint, keep)
 
 
 def paint_files(files, out, paint, keep=()):
     """Write paint(file), a `PIL.Image`, of each file to out/NAME.png, which is none of `files` and
     `keep`; what cannot be read or painted (`UserError`) is raised when the others are done."""
-    out, stems, errors = Path(out), Counter(f.stem for f in files), []
-    sources = {Path(f).resolve() for f in (*files, *keep)}
-    for f in tqdm(files, disable=len(files) == 1):
-        name = f.stem if stems[f.stem] == 1 else f.name  # a.jpg and a.png must not collide
-        target = out / f"{name}.png"
-        expect(target.resolve() not in sources, f"--out {out}: {target} would be overwritten")
+    out, stems, errors = Path(out), Counter(f.stem.lower() for f in files), []
+    targets = [out / f"{f.stem if stems[f.stem.lower()] == 1 else f.name}.png" for f in files]
+    sources = {str(Path(f).resolve()).lower() for f in (*files, *keep)}  # macOS: a.PNG is a.png
+    for target in targets:  # before the first is written
+        expect(str(target.resolve()).lower() not in sources,
+               f"--out {out}: {target} would be overwritten")
+    for f, target in zip(tqdm(files, disable=len(files) == 1), targets, strict=True):
         try:
             picture = paint(f)
         except UserError as error:
@@ -456,7 +461,8 @@ def find_data(name, layout, known, draw_toy, root="datasets"):
 
 def has_pictures(folder):
     """Whether a picture lies anywhere below the folder."""
-    return any(f.suffix.lower() in SUFFIXES for f in folder.rglob("*"))
+    return any(Path(name).suffix.lower() in SUFFIXES
+               for name in glob.iglob("**", root_dir=folder, recursive=True))
 
 
 def set_aside(path):
@@ -487,8 +493,12 @@ def download(addresses, folder):
                 if not has_pictures(files):
                     raise OSError("no pictures in it")
                 top, *others = files.iterdir()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if empty: Windows renames onto no folder
                 return (files if others or not top.is_dir() else top).rename(folder)
         except Exception as error:  # network, disk and three archive libraries: a dozen types
+            if has_pictures(folder):  # another run, or another machine, was faster
+                return folder
             errors.append(f"{address} ({' '.join(str(error).split()) or type(error).__name__})")
     raise UserError(f"cannot fetch {folder.name}: {'; '.join(errors)}; fetch it by hand and unpack "
                     f"it as {folder}")
@@ -522,6 +532,8 @@ def expect(fine, message):
 def entry(main):
     """Run `main()`; a user's mistake or full memory is one line and exit code 2, Ctrl-C 130."""
     try:
+        with contextlib.suppress(AttributeError):  # no console, or a notebook's
+            sys.stdout.reconfigure(errors="backslashreplace")  # Windows: names beyond cp1252
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -546,11 +558,12 @@ def entry(main):
     sys.exit(2)
 
 
-COUNTS = ("batch", "steps", "epochs", "size", "side", "height", "load", "ngf", "ndf", "tile",
-          "d_layers", "patches", "bank", "hidden", "z", "log_every", "sample_every")
-LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | {
-    "seed": (0, 2**63 - 1), "workers": (0, 256), "decay_from": (0, 1), "beta1": (0, 0.9999),
-    "beta2": (0, 0.9999), "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}
+COUNTS = """batch steps epochs size side height load ngf ndf tile d_layers patches bank hidden z
+    log_every sample_every objects crops styles style_dim dis_layers dis_scales decay_every pretrain
+    g_updates task_batch task_steps task_load feature_steps""".split()
+LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | dict.fromkeys(("beta1", "beta2"), (0, 0.9999)) | {
+    "seed": (0, 2**63 - 1), "workers": (0, 256), "decay_from": (0, 1), "eta": (0, 1),
+    "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}
 
 
 def check_numbers(p, args):
@@ -594,7 +607,7 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
 
     presets: args -> {flag: default}. The saved configuration is that of --weights or --resume.
     run_name: args -> 'METHOD-DATA'. channels_last: whether it is faster on the CPU (lab.bench)."""
-    p.set_defaults(**presets(p.parse_known_args(argv)[0]))
+    argv, words, config = sys.argv[1:] if argv is None else argv, [], {}
     rough = p.parse_known_args(argv)[0]
     saved = rough.weights
     if rough.resume and not saved:
@@ -602,12 +615,14 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
         expect(saved.exists(), f"--resume: no checkpoint at {saved}; start without --resume")
     if saved:
         config = load_checkpoint(saved, method, foreign=True).get("config", {})
-        p.set_defaults(**saved_flags(p, config, saved, own=rough.resume))
-    args = p.parse_args(argv)
+        words = saved_flags(p, config, saved, own=rough.resume)
+    p.set_defaults(**presets(p.parse_known_args([*words, *argv])[0]))  # those of the saved --data
+    args = p.parse_args([*words, *argv])
     check_numbers(p, args)
     low, high = args.range or (0, 1)
     expect(low < high, f"--range {low:g} {high:g}: a smaller and a larger value")
     trained = max(np.max(vars(args).get(name) or 0) for name in ("size", "load", "scale"))
+    trained = trained if config or not saved else math.inf  # not known of the authors' files
     globals().update(GREY=args.range, SIDE=args.side, TRAINED=trained)
     if args.channels_last is None:
         args.channels_last = channels_last or pick_device(args.device).type != "cpu"
@@ -616,25 +631,22 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
 
 
 def saved_flags(p, config, source, own):
-    """The flags of a checkpoint that shape networks and data, {dest: value}, each through the
-    parser's own type and choices; own: of the run itself, so that its paths may be trusted."""
-    fixed = {"help", "resume", "weights", "translate", "side", "evaluate", "out", "device",
-             "workers", "compile", "channels_last"}
-    found = {}
+    """The flags of a checkpoint that shape networks and data, as words for the parser, which has
+    tried them; own: of the run itself, so that its paths may be trusted."""
+    fixed, words = {"help", "resume", "weights", "translate", "side", "evaluate", "out", "device",
+                    "workers", "compile", "channels_last"}, []
     for action in p._actions:
-        value, kind = config.get(action.dest), str(action.metavar)
+        value, flag = config.get(action.dest), action.option_strings
         if action.dest in fixed or value is None or (
-                re.match("FILE|PATH|FOLDER|DIR", kind) and not own):
+                re.match("FILE|PATH|FOLDER|DIR", str(action.metavar)) and not own):
             continue
-        words = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            if isinstance(action, argparse.BooleanOptionalAction):
-                words = [f"--no{action.option_strings[0][1:]}"] if value is False else []
-            found[action.dest] = getattr(p.parse_known_args(
-                [action.option_strings[0], *words][value is False:])[0], action.dest)
-            continue
-        raise UserError(f"{source}: holds {action.option_strings[0]} {' '.join(words)[:60]}")
-    return found
+        words += ([flag[-(value is False)]] if isinstance(value, bool) else
+                  [flag[0], *map(str, value)] if isinstance(value, (list, tuple)) else
+                  [f"{flag[0]}={value}"])
+    p.error = lambda message: expect(False, f"{source}: its flags: {message}"[:200])
+    p.parse_args(words)
+    del p.error
+    return words
 
 
 # ==== 5. Run: the run folder and everything that is not the method ============================
@@ -672,10 +684,13 @@ def load_checkpoint(path, method, foreign=False):
     for name, kind in (fields | {"sums": dict}).items():
         expect(isinstance(state.get(name), kind),
                f"{path}: damaged, its {name!r} is no {kind.__name__}")
-    with contextlib.suppress(TypeError, ValueError):
-        sum(float(total) + n for total, n in state["sums"].values())
-        return state
-    raise UserError(f"{path}: damaged, its 'sums' are no pairs of numbers")
+    return state
+
+
+def finite(state):
+    """Whether all numbers of a module's state dict are finite; a history buffer's are in lists."""
+    return all(t.isfinite().all() for t in state.values()
+               if torch.is_tensor(t) and t.is_floating_point())
 
 
 def load_parts(parts, states, path, others=(), rank=0):
@@ -688,15 +703,15 @@ def load_parts(parts, states, path, others=(), rank=0):
                 groups = zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)
                 state = {"state": state["state"],
                          "param_groups": [mine | {"params": its["params"]} for mine, its in groups]}
-            elif any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all()
-                     for t in state.values()):  # a history buffer's are lists
+            elif not finite(state):
                 raise ValueError("weights that are not finite")
             part.load_state_dict(state)
             averages = getattr(part, "state", {}).items()  # of an optimiser; torch does not look
             for p, key, t in ((p, *pair) for p, state in averages for pair in state.items()):
                 if t.shape != (() if key == "step" else p.shape):  # Adam would read past their end
                     raise ValueError(f"{key} has the shape {tuple(t.shape)}")
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path}: {name} does not fit the flags ({reason[:160]})") from None
 
@@ -730,12 +745,17 @@ def start_worker(grey, _):
 
 def locked(folder):
     """An open file that no other process can lock before this one ends; `UserError` if one has."""
-    file = open(folder / "lock", "w")
+    file = open(folder / "lock", "a")  # a file of that name that is not ours stays as it is
     try:
-        if hasattr(os, "lockf"):  # not on Windows
+        if os.name == "nt":
+            msvcrt = importlib.import_module("msvcrt")
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
             os.lockf(file.fileno(), os.F_TLOCK, 0)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"--out {folder}: another run is writing there") from None
+    except OSError as error:  # a file system without locks, as some Lustre and FUSE
+        remark("lock", f"{folder}: cannot be locked ({error}); start no second run there")
     return file
 
 
@@ -759,6 +779,8 @@ class Run:
         self.folder, self.device = Path(args.run_folder), pick_device(args.device)
         self.step, self.seconds, self.sums, self.stop, self.head = 0, 0.0, {}, False, ""
         self.config = {k: v for k, v in vars(args).items() if k != "run_folder"}
+        expect(args.resume or not getattr(args, "weights", None), "--weights: read by --translate "
+               "and --evaluate; a training starts anew, or goes on with --resume")
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         if self.device.type == "cuda":
@@ -779,18 +801,20 @@ class Run:
                 part.register_step_pre_hook(self._average_gradients)
         if self.args.resume:
             state = load_checkpoint(last, self.method)
-            load_parts(parts, state["parts"], last, state.get("others", []), self.rank)
-            self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
+            load_parts(parts | {"run": self}, state["parts"] | {"run": state}, last,
+                       state.get("others", []), self.rank)
         if self.rank == 0:
             try:
-                if last.exists() and not self.args.resume:
-                    locked(self.folder).close()
-                    set_aside(self.folder)
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = locked(self.folder)
-                others = {f.name.removesuffix(".tmp") for f in self.folder.iterdir()} - OWN_FILES
+                others = {f.name.removesuffix(".tmp") for f in self.folder.glob("[!.]*")}
+                others -= OWN_FILES if "lock" in others else set()  # what a run makes first
                 expect(last.exists() or not others, f"--out {self.folder}: holds files that are "
                        f"not a run's ({', '.join(sorted(others))[:60]})")
+                self.lock = locked(self.folder)
+                if last.exists() and not self.args.resume:
+                    set_aside(self.folder)  # its lock moves along and is held until the next is
+                    self.folder.mkdir()
+                    self.lock = locked(self.folder)
                 for half in self.folder.rglob("*.tmp"):  # of a process that was killed
                     half.unlink()
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
@@ -821,10 +845,11 @@ class Run:
         """Write last.pt, all processes together; `UserError`, and the old one stays, if the weights
         are spoilt."""
         self._means()
-        parts, own = {name: part.state_dict() for name, part in self.parts.items()}, {}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        own = {"run": {"sums": self.sums}}
         for name, part in self.parts.items():
             shared = dict(part.named_parameters()) if isinstance(part, nn.Module) else {}
-            self._expect_finite(name, all(p.isfinite().all() for p in shared.values()))
+            self._expect_finite(name, finite(parts[name]))
             if not isinstance(part, torch.optim.Optimizer):
                 own[name] = {k: v for k, v in parts[name].items() if k not in shared}
         others = self._gathered(own)[1:]
@@ -834,6 +859,11 @@ class Run:
                 "step": self.step, "seconds": self.seconds, "sums": self.sums, "parts": parts,
                 "others": others}))
         self.saved = time.perf_counter()
+
+    def load_state_dict(self, state):
+        """Go on where a last.pt, or this process's share of one, was written; see load_parts."""
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.sums = {str(k): (float(total), int(n)) for k, (total, n) in state["sums"].items()}
 
     def _gathered(self, mine):
         """What the processes give, as a list on every one of them, on the CPU."""
@@ -887,8 +917,9 @@ class Run:
                 if self.step == total:
                     break
                 torch.manual_seed(mix(self.args.seed, self.step, self.rank))
-                yield self.step, [t.to(self.device, non_blocking=True, memory_format=layouts.get(
-                    t.dim(), torch.preserve_format)) for t in tensors]
+                yield self.step, [t.to(self.device, non_blocking=self.device.type == "cuda",
+                                       memory_format=layouts.get(t.dim(), torch.preserve_format))
+                                  for t in tensors]
                 self.step += 1
                 self.bar.update()
                 self.seconds = time.perf_counter() - start

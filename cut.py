@@ -477,7 +477,7 @@ def train(args):
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
         print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x, y) in run.steps(data, total):
         if step % args.sample_every == 0:

@@ -35,13 +35,15 @@ OBJECTIVE    Eq. (3.10) L_task(f_S, X_S, Y_S) = -E sum_k 1[k = y_s] log softmax_
 CHOICES      where the text is silent, or differs from what the authors ran (their released code):
              Least squares replace the logs, L_cyc has weight 10: CycleGAN's, as in the code.
              Eq. (3.15) is solved in stages (Sec. 3.4.3): source makes f_S, pixel makes G and D,
-             task translates every x_s once and makes f_T, oracle does so from the target's labels.
-             f_T starts where f_S started, not from f_S. Last weights count.
+             task translates every x_s once and makes f_T of that, oracle makes f_T of the target
+             and its labels, both from f_S's start, not from f_S; feature goes on with task's f_T,
+             until D_feat has learnt nothing for |X_S| steps (code). Last weights count.
              Eq. (3.13) was "left as an idea" and is off: --lambda-sem. Both of its terms harm
              where f_S errs on x_t: one asks G_TS for pictures in which f_S reads the same errors,
              the other forbids G_ST to paint what f_S cannot read, which is what x_t looks like.
-             (The code has other terms, for digits, which are not in the text: not here.)
-             Task models see whole pictures, as in the code's scripts; --task-size: mirrored crops.
+             Task models see whole pictures, as in the code's scripts; --task-size: mirrored crops
+             (code, stage feature: 768). f_S sees pictures --load wide in Eq. (3.13); translations
+             are as wide, and enlarged to --task-load for f_T.
              One script of the code has an identity loss and drop-out in G: neither is here.
              Not given: how long the CycleGAN learns. 500,000 steps are 20 epochs of GTA5's 24,966
              pictures; CycleGAN's own 200 epochs would be 5 million.
@@ -88,10 +90,10 @@ KNOWN = {}  # GTA5 comes in twenty archives, Cityscapes after registration
 # 1. Configuration
 # =============================================================================================
 
-STAGES = {  # Sec. 3.4.3, in their order, and the row of Tab. 3.7 that each gives
+STAGES = {  # Sec. 3.4.3, in order, and the row that each gives (feature: the ICML paper's)
     "source": "source only", "pixel": "", "task": "CyCADA", "feature": "CyCADA + feature",
     "oracle": "oracle"}
-CLASSES = {  # names and ids of Tab. 3.8, which GTA5 and Cityscapes share, and of Tab. 3.7
+CLASSES = {  # Tab. 3.8's names, ids as in GTA5 and Cityscapes; Tab. 3.7's, as in SYNTHIA
     "gta5": "road=7 sidewalk=8 building=11 wall=12 fence=13 pole=17 traffic_light=19 "
             "traffic_sign=20 vegetation=21 terrain=22 sky=23 person=24 rider=25 car=26 truck=27 "
             "bus=28 train=31 motorbike=32 bicycle=33".split(),
@@ -162,7 +164,7 @@ def get_args(argv=None):
     if rough.resume and begun and not rough.weights:  # the flags are in every stage's last.pt
         argv = [*argv, "--weights", str(begun[-1])]
     args = common.parse_flags(p, argv, "cycada", lambda a: TOY if a.data == "toy" else {}, run_name)
-    args.classes = CLASSES.get(args.classes[0], args.classes)
+    args.classes = CLASSES.get(" ".join(args.classes), args.classes)
     if args.size < 32 or args.size % 4:
         raise UserError(f"--size {args.size}: must be at least 32 and a multiple of 4")
     if args.task_size is not None and not 16 <= args.task_size <= args.task_load:
@@ -171,9 +173,6 @@ def get_args(argv=None):
     if args.size < 2 ** (args.d_layers + 2):
         raise UserError(f"--d-layers {args.d_layers}: D has no pixel left of --size {args.size}; "
                         f"expected at most {args.size.bit_length() - 3}")
-    for name in ("task_batch", "task_steps", "feature_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.task_weights == "imagenet" and args.task_model == "drn26":
         raise UserError("--task-weights imagenet: for --task-model drn26 give a FILE, the DRN "
                         "authors' drn_c_26, or random")
@@ -188,7 +187,10 @@ def class_ids(args):
     if wrong := [i for _, i in pairs if not i.isdecimal() or int(i) > 65535]:
         raise UserError(f"--classes: {wrong[0]} is no id; expected names, or name=id with ids from "
                         "0 to 65535")
-    return {name: int(i) for name, i in pairs}
+    found = {name: int(i) for name, i in pairs}
+    if not len({*found.values()}) == len(found) == len(pairs) <= 255:
+        raise UserError("--classes: each name and each id once, 255 at most")
+    return found
 
 
 def run_name(args):
@@ -302,12 +304,12 @@ class FCN8s(nn.Module):
         h, w = x.shape[2:]
         x = ((x + 1) / 2 - self.mean) / self.std      # the input range of ImageNet's networks
         x = F.pad(x, (99, 99, 99, 99))                # room for the unpadded 7x7 of the head
-        pool3 = self.features[:17](x)                                   # (B, 256, ~H/8, ~W/8)
-        pool4 = self.features[17:24](pool3)                             # (B, 512, ~H/16, ~W/16)
-        pool5 = self.features[24:](pool4)                               # (B, 512, ~H/32, ~W/32)
-        score = self.up2(self.head(pool5))                              # (B, classes, ~H/16, ...)
+        pool3 = self.features[:17](x)                                   # (B, 256, h, w), H/8 + 25
+        pool4 = self.features[17:24](pool3)                             # (B, 512, h/2, w/2)
+        pool5 = self.features[24:](pool4)                               # (B, 512, h/4, w/4)
+        score = self.up2(self.head(pool5))                              # (B, classes, h', w')
         score = score + cropped(self.score_pool4(0.01 * pool4), score, 5)
-        score = self.up2(score)                                         # (B, classes, ~H/8, ...)
+        score = self.up2(score)                                         # (B, classes, h'', w'')
         score = score + cropped(self.score_pool3(0.0001 * pool3), score, 9)
         return self.up8(score)[:, :, 31:31 + h, 31:31 + w]              # (B, classes, H, W)
 
@@ -356,7 +358,7 @@ def task_model(args, weights="random"):
     torch.manual_seed(args.seed)
     f = TASK_MODELS[args.task_model](len(args.classes))
     if weights != "random":
-        state = vgg16_state() if weights == "imagenet" else common.load_file(weights)
+        state = common.vgg_weights(weights, "VGG16", "--task-weights")
         try:
             f.load_imagenet(state)
         except (AttributeError, KeyError, RuntimeError, ValueError):
@@ -366,18 +368,6 @@ def task_model(args, weights="random"):
         f.compile()
     return f.to(memory_format=torch.channels_last if args.channels_last
                 else torch.contiguous_format)
-
-
-def vgg16_state():
-    """torchvision's VGG16, fetched once; `UserError`."""
-    from torchvision.models import VGG16_Weights
-
-    source = VGG16_Weights.IMAGENET1K_V1
-    try:
-        return source.get_state_dict(check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a wrong hash, or a broken file in the cache
-        raise UserError(f"--task-weights imagenet: cannot fetch {source.url} ({error}); use "
-                        "--task-weights FILE or random") from None
 
 
 class ScoreDiscriminator(nn.Module):
@@ -516,6 +506,9 @@ def find_pairs(root, split, args, labelled):
         if label is None:
             raise UserError(f"{picture}: no label map of that name in {maps}")
         open_label(label, args)  # a wrong one shall be found now, not after hours
+        (w, h), (a, b) = (common.opened(f, size_only=True) for f in (picture, label))
+        if abs(w * b - h * a) > 0.02 * h * a:  # some data sets are a few rows off
+            raise UserError(f"{label}: {a}x{b} pixels, but {picture} has {w}x{h}")
     return pairs
 
 
@@ -533,9 +526,9 @@ def open_label(path, args):
     """A label map as an 8-bit Pillow picture of classes, 255 where there is none; `UserError`."""
     ids = np.asarray(common.open_ids(path)).astype(np.int64)
     known = list(class_ids(args).values())
-    table = np.full(2**16, 255, dtype=np.uint8)
+    table = np.full(2**16 + 1, 255, dtype=np.uint8)
     table[known] = np.arange(len(known))
-    classes = table[ids.clip(0, 2**16 - 1)]
+    classes = table[ids.clip(-1, 2**16)]  # both ends are the last entry: no class
     strict = not any("=" in name for name in args.classes)
     if strict and (wrong := np.unique(ids[(classes == 255) & (ids != 255)])).size:
         raise UserError(f"{path}: ids {wrong[:8].tolist()} are neither one of the {len(known)} "
@@ -576,7 +569,8 @@ class Unpaired(torch.utils.data.Dataset):
         sample = []
         for path in (self.source[order[i]], rng.choice(self.target)):
             im = common.open_rgb(path)
-            w, h = (max(args.size, round(n * args.load / im.width)) for n in im.size)
+            scale = max(args.load / im.width, args.size / min(im.size))
+            w, h = (round(n * scale) for n in im.size)
             sample += resized([im], w, h, args.size, rng)
         return sample
 
@@ -733,7 +727,7 @@ def train(args):
     """The stages one after another, each an ordinary run in a folder of its own; then the table."""
     data = load_data(args)
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items() if k != "classes")
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY if k != "classes")
         print(f"toy preset instead of the paper's settings: {preset}")
     elif args.task_weights == "random":
         print("--task-weights random: without ImageNet's weights, task models stay far weaker")
@@ -748,12 +742,12 @@ def train(args):
 
 
 def begin(stage, args, batch):
-    """The Run of a stage, in a folder of its own, and the stage's flags."""
+    """The Run of a stage, with a folder, a batch and a --resume of its own."""
     last = Path(args.run_folder, stage, "last.pt")
     own = argparse.Namespace(**vars(args) | {"run_folder": str(last.parent), "batch": batch,
                                              "resume": args.resume and last.exists()})
     run = Run("cycada", own, CHANCE | {"L_task": math.log(len(args.classes))})
-    run.config["batch"] = args.batch
+    run.config["batch"] = args.batch  # as given: any stage's last.pt serves --resume
     if run.rank == 0:
         print(f"---- stage {stage} ----", flush=True)
     if run.world > 1:
@@ -768,6 +762,8 @@ def network(path, name, args, device):
     state = common.load_checkpoint(path, "cycada")
     its = argparse.Namespace(**vars(args) | {name: state["config"].get(name) for name in (
         "ngf", "blocks", "antialias_G", "task_model", "classes")})
+    if name[0] == "f" and its.classes != args.classes:
+        raise UserError(f"{path}: its --classes were {its.classes}, now they are {args.classes}")
     net = (ResnetGenerator(its.ngf, its.blocks, its.antialias_G) if name[0] == "G"
            else task_model(its))
     common.load_parts({name: net}, state["parts"], path)
@@ -783,8 +779,7 @@ def train_pixel(stage, data, args):
     run = begin(stage, args, args.batch)
     nets = build(args, run.device)
     if args.lambda_sem > 0:
-        f_S = network(Path(args.run_folder, "source/last.pt"), "f_S", args, run.device)
-        nets.f_S.load_state_dict(f_S.state_dict())
+        nets.f_S = network(Path(args.run_folder, "source/last.pt"), "f_S", args, run.device)
     run.resume_or_start({name: part for name, part in vars(nets).items() if name != "f_S"})
     for step, (x_s, x_t) in run.steps(Unpaired(data["source"], data["target"], args), args.steps):
         if step % args.sample_every == 0:
@@ -827,7 +822,7 @@ def train_feature(stage, data, args):
     run.resume_or_start(vars(nets))
     samples = Labelled(pairs, args, [picture for picture, _ in data["target"]])
     for step, (x_st, y_s, x_t) in run.steps(samples, args.feature_steps):
-        if step - int(D_feat.last_update) >= len(samples):            # CHOICE (code): an epoch
+        if step - int(D_feat.last_update) >= len(samples):            # CHOICE (code)
             print(f"stopped at step {step}: D_feat cannot tell the domains apart")
             break
         if step % args.sample_every == 0:
@@ -840,14 +835,15 @@ def train_feature(stage, data, args):
 @torch.no_grad()
 def translated_pairs(source, args, run):
     """(G_ST(X_S), Y_S) of Eq. (3.14): every x_s as translated/NAME.png, made once and made anew if
-    G_ST is newer, with its old label map."""
+    G_ST or x_s is newer, with its old label map."""
     folder, weights = Path(args.run_folder, "translated"), Path(args.run_folder, "pixel/last.pt")
     G_ST = network(weights, "G_ST", args, run.device)
     pairs = [(folder / f"{picture.stem}.png", label) for picture, label in source]
     folder.mkdir(exist_ok=True)
     for n in range(run.rank, len(source), run.world):
         target = pairs[n][0]
-        if not target.exists() or target.stat().st_mtime < weights.stat().st_mtime:
+        newest = max(f.stat().st_mtime for f in (weights, source[n][0]))
+        if not target.exists() or target.stat().st_mtime < newest:
             x_s = opened(source[n][0], args.load).to(run.device)      # (1, 3, H, W)
             x_st = common.to_pil(translate(G_ST, x_s, args)[0])
             common.write_whole(target, functools.partial(x_st.save, format="PNG"))
@@ -977,17 +973,19 @@ def report(args):
         rows |= {row: found["scores"]} if found["scores"] else {}
         if stage in args.stage and found["steps"]:
             run.step, run.seconds = run.step + found["steps"], run.seconds + found["seconds"]
-            ours = row if row in rows and (row != "oracle" or ours is None) else ours
+            if found["scores"] and (stage != "oracle" or ours is None):
+                ours = row
     table = rows.pop(ours, [])
-    for k, score in enumerate(table):
-        score["trivial"] |= {row: others[k]["value"] for row, others in rows.items()}
+    for score in table:
+        score["trivial"] |= {row: its["value"] for row, others in rows.items() for its in others
+                             if its["name"] == score["name"]}
     if run.rank == 0 and ours:
         print(f"---- {ours}, beside all others ----")
     run.finish(table)
 
 
 def from_weights(args, device):
-    """(the stage of --weights, its network), G_ST or with --direction TtoS G_TS of stage pixel."""
+    """(name, network) of --weights: f_S or f_T; of stage pixel G_ST, or --direction TtoS's G_TS."""
     if args.weights is None:
         raise UserError("--weights FILE is needed: the last.pt of a stage")
     parts = common.load_checkpoint(args.weights, "cycada")["parts"]
@@ -1001,6 +999,10 @@ def translate_files(args):
     with the weights of a task model into coloured label maps."""
     device = common.pick_device(args.device)
     name, net = from_weights(args, device)
+    if name[0] == "f":
+        common.TRAINED = math.inf  # `segment` resizes
+        if args.side:
+            raise UserError("--side: task models see --task-load, and answer at the picture's size")
 
     def answer(x):
         if name[0] == "G":
@@ -1013,11 +1015,12 @@ def translate_files(args):
 def evaluate(args):
     """A row of Tab. 3.7 for the task model in --weights, on the test pictures of --data."""
     device = common.pick_device(args.device)
-    (name, f), data = from_weights(args, device), load_data(args)
-    if name[0] == "G" or not data["test"]:
-        raise UserError(f"--evaluate: expected {args.split}_img/ in {args.data}, and the --weights "
-                        "of a stage that trains a task model, not of pixel")
-    common.print_scores(row_of_table(f, data["test"], args, device))
+    name, f = from_weights(args, device)
+    if name[0] == "G":
+        raise UserError("--evaluate: expected the --weights of a stage that trains a task model, "
+                        "not of pixel")
+    pairs = find_pairs(data_folder(args), args.split, args, True)
+    common.print_scores(row_of_table(f, pairs, args, device))
 
 
 # =============================================================================================

@@ -37,7 +37,8 @@ CHOICES      the paper gives no lambda, K, schedule or GAN type, and says "based
              Pictures are translated with z ~ N(0, I) as in MUNIT, objects with a code of the other
              picture's bank, each equally likely. K = 3, as Fig. 4 draws.
              Codes of the bank are constants: like z they are given, else E^s could make its own
-             targets easy by forgetting.
+             targets easy by forgetting. (Object <-> picture wears the picture's own s_g, which
+             learns; as a target it is constant, too.)
              Sb is E^s of the picture with its boxes grey. Background content is never decoded
              (Eq. (4) has no such term).
              Sec. 4 has two settings. `init`: short side 360, no crop named, so whole pictures; the
@@ -55,8 +56,8 @@ USAGE        python init.py                                   # toy world; --met
              python init.py --translate day.jpg --weights runs/init-mydata/last.pt --styles 4
 EXPECT       python init.py: 10 minutes of a slow core (seeds 0 to 2, test scenes): object error 35,
              26, 26 (one change of colours 37, the reference itself 48), background error 11, 10, 8
-             (26, 14). Both adversaries live: L_D_g 1.5 to 1.6, L_D_o 1.6 (chance 2), L_sg 0.7 to
-             0.8 (1.6). Shapes are blurred.
+             (26, 14). Both adversaries live: L_D_g 1.4 to 1.6, L_D_o 1.6 (chance 2), L_sg 0.7 to
+             0.9 (1.6). Shapes are blurred.
 """
 
 import argparse
@@ -133,10 +134,8 @@ def get_args(argv=None):
         return SETTINGS[args.setting] | (TOY if args.data == "toy" else {})
 
     args = common.parse_flags(p, argv, "init", presets, run_name)
-    for name in ("objects", "styles", "decay_every", "blocks", "style_dim", "dis_layers",
-                 "dis_scales"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.blocks < 1:
+        raise UserError(f"--blocks {args.blocks}: at least 1")
     # Each strided layer needs two pixels in each direction, each scale halves (and rounds up).
     least = max(16, (2**args.dis_layers - 1) * 2**(args.dis_scales - 1) + 1)
     for name in ("load", "size", "object_size"):
@@ -382,7 +381,7 @@ def read_boxes(root, files):
     A picture's key is its path below root, or its name. Raises `UserError` for a box that does not
     lie inside its picture, is empty or inverted.
     """
-    path, found = Path(root) / "boxes.json", {}
+    path, found, owners = Path(root) / "boxes.json", {}, {}
     try:
         table = dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
@@ -393,6 +392,8 @@ def read_boxes(root, files):
         name = os.fsencode(Path(file).relative_to(root).as_posix()).decode(errors="replace")
         key = name if name in table else Path(name).name  # UTF-8, whatever the locale is
         entries = table.get(key, [])
+        if entries and owners.setdefault(key, file) != file:
+            raise UserError(f"{path}: {key} is {owners[key]} and {file}; expected {BOXES}")
         for entry in entries if isinstance(entries, list) else [entries]:
             try:
                 x0, y0, x1, y1 = box = entry["box"]
@@ -420,8 +421,8 @@ class Scenes(torch.utils.data.Dataset):
         self.args, self.boxes = args, {}
         self.files = {side: common.find_split(root, "train", side) for side in "AB"}
         if args.method == "init":
+            self.boxes = read_boxes(root, [f for files in self.files.values() for f in files])
             for side, files in self.files.items():
-                self.boxes |= read_boxes(root, files)
                 self.files[side] = [f for f in files if self.objects(self.boxes.get(f, ()))]
                 if left := len(files) - len(self.files[side]):
                     print(f"train{side}: {left} of {len(files)} pictures have no usable box")
@@ -445,10 +446,12 @@ class Scenes(torch.utils.data.Dataset):
     def load(self, path, rng):
         """I, o, b of a picture, or I alone: mirrored half of the time, resized, cropped."""
         args, im, boxes = self.args, common.open_rgb(path), self.boxes.get(path, ())
+        usable = self.objects(boxes)
         if rng.random() < 0.5:
             im = im.transpose(Image.FLIP_LEFT_RIGHT)
-            boxes = [(im.width - x1, y0, im.width - x0, y1) for x0, y0, x1, y1 in boxes]
-        w, h = resized(im.size, max(short_side(im.size, args), args.size or 0))
+            boxes, usable = ([(im.width - x1, y0, im.width - x0, y1) for x0, y0, x1, y1 in some]
+                             for some in (boxes, usable))
+        w, h = resized(im.size, short_side(im.size, args))
         W, H = (args.size, args.size) if args.size else (w, h)
         left, top = rng.randint(0, w - W), rng.randint(0, h - H)
         crop = im.resize((w, h), Image.BILINEAR).crop((left, top, left + W, top + H))
@@ -456,7 +459,7 @@ class Scenes(torch.utils.data.Dataset):
         if args.method == "munit":
             return (I_d,)
         side = args.object_size
-        chosen = rng.choices(self.objects(boxes), k=args.objects)
+        chosen = rng.choices(usable, k=args.objects)
         o_d = torch.stack([common.to_tensor(im.resize((side, side), Image.BILINEAR, box))
                            for box in chosen])                        # (K, 3, side, side)
         b_d = I_d.clone()
@@ -473,7 +476,7 @@ class Scenes(torch.utils.data.Dataset):
 
 def short_side(size, args):
     """To what the short side of a picture of that size is brought: Sec. 4's two settings."""
-    return min(size) if args.setting == "coco" else args.load
+    return max(args.size or 0, min(size) if args.setting == "coco" else args.load)
 
 
 def resized(size, side):
@@ -594,7 +597,7 @@ def train(args):
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
         print(f"toy preset instead of the papers' settings: {preset}")
     for step, batch in run.steps(data, args.steps):
         if step % args.sample_every == 0:
@@ -638,12 +641,9 @@ def random_styles(n, args, device, seed):
 
 
 def test_pictures(root, args, device, limit=None):
-    """As common.test_pictures, but of the size that training sees: {"x": (N, 3, H, W), "y": ...}.
-    """
-    def scaled(x):
-        h, w = resized(x.shape[2:], short_side(x.shape[2:], args))
-        return F.interpolate(x, (h, w), mode="bilinear", antialias=True)
-    return {k: scaled(x) for k, x in common.test_pictures(root, args, device, limit).items()}
+    """As common.test_pictures, but of the size that training sees."""
+    return common.test_pictures(root, args, device, limit, fit=lambda size: resized(
+        size, short_side(size, args)))
 
 
 def show_pictures(root, args, device):
@@ -720,6 +720,8 @@ def translate_files(args):
     """
     device = common.pick_device(args.device)
     (E_X, _), (E_Y, G_Y) = oriented(load_networks(args, device), args)
+    if args.setting == "coco":
+        common.TRAINED = math.inf  # it has learnt from pictures of their own size
     styles = random_styles(args.styles, args, device, "translate")
     if args.exemplar:
         im = common.open_rgb(args.exemplar)

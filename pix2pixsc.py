@@ -199,7 +199,7 @@ class Generator(nn.Module):
 
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(2 * labels + 3, ngf, 7), *relu(ngf)]
         for a, b in pairwise(widths):                                       # (B, 1024, H/16, W/16)
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), *relu(b)]   # CHOICE (code): zeros
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), *relu(b)]   # CHOICE (code): pads 0
         layers += [ResnetBlock(widths[-1]) for _ in range(blocks)]
         for b, a in pairwise(widths[::-1]):                                 # (B, 64, H, W)
             layers += [nn.ConvTranspose2d(b, a, 3, stride=2, padding=1, output_padding=1), *relu(a)]
@@ -272,7 +272,7 @@ def semantic_weights(consistent, args):
     consistent = consistent[:, None]
     if args.w == "paper":
         return torch.where(consistent, 1.0, inv_M)              # Fig. 3: every detail, or depth
-    return torch.where(consistent, inv_M + 2.0, inv_M)          # CHOICE (code): 10 w_i, and 20
+    return torch.where(consistent, inv_M + 2.0, inv_M)          # CHOICE (code): 20 = 10 * 2 more
 
 
 def semantic_consistency(V, y_hat, z, consistent, args):
@@ -329,6 +329,10 @@ def find_frames(root, split, args):
             raise UserError(f"--groups {args.groups}: names neither {name} nor {clip}")
         if style:  # BDD100K has pictures that are of no group
             frames.append(Frame(name, images[name], labels[name], style))
+    if not frames:
+        raise UserError(f"--groups {args.groups}: names no picture of {split}_img/ (like {name})")
+    if len(frames) < len(images):
+        print(f"{len(images) - len(frames)} of {len(images)} of {split}_img/ have no group")
     return frames
 
 
@@ -370,11 +374,13 @@ class Pairs:
     def draw(self, rng, i, consistent):
         """A random frame that is, or is not, consistent with frame i; not i itself, unless it is
         alone in its style."""
-        family = self.members[self.frames[i].style]
-        while not consistent and len(family) < len(self.frames):
-            j = rng.randrange(len(self.frames))
-            if self.frames[j].style != self.frames[i].style:
-                return j
+        style = self.frames[i].style
+        if not consistent and len(self.members) > 1:
+            j = i
+            while self.frames[j].style == style:
+                j = rng.randrange(len(self.frames))
+            return j
+        family = self.members[style]
         if self.T is not None:                                              # Sec. 3.3: T = 10
             at = family.index(i)
             family = family[max(0, at - self.T):at + self.T + 1]
@@ -462,12 +468,16 @@ def complete(args, frames):
     least = 2**args.downs
     args.height = args.height or max(2, round(args.size * h / w / least)) * least
     if args.label_kind == "ids":
-        for frame in frames:
-            common.check_same_size(frame.image, frame.label)
-        ids = set().union(*(np.unique(common.open_ids(f.label, DRAWINGS)).tolist() for f in frames))
+        ids = set().union(*(np.unique(common.open_ids(f.label, DRAWINGS, f.image)).tolist()
+                            for f in frames))
         if args.labels is None:
             args.labels = min(256, max(ids - {255}, default=0) + 1 + (255 in ids))
             print(f"--labels {args.labels}: the largest id plus one{', and 255' * (255 in ids)}")
+        if 255 in ids and args.labels <= 255 and args.labels - 1 in ids:
+            raise UserError(f"--labels {args.labels}: 255 takes the last channel, but id "
+                            f"{args.labels - 1} is there, too: --labels {args.labels + 1}")
+        if args.unlabelled == 255 and 255 in ids:
+            args.unlabelled = args.labels - 1                               # what F makes of it
         for frame in frames if not ids <= {*range(args.labels), 255} else ():
             F(frame.label, args)                                            # tells which it is
 
@@ -489,6 +499,15 @@ def read_landmarks(path):
         raise UserError(f"{path}: expected a line 'width height' of the picture and 68 lines 'x y' "
                         f"({error})") from None
     return table[1:], tuple(int(v) for v in table[0])
+
+
+def own_size(path, args):
+    """(W, H) of a label file."""
+    if args.label_kind == "landmarks":
+        return read_landmarks(path)[1]
+    if Path(path).suffix == ".npy":
+        return tuple(read_drawing(path, args).shape[:0:-1])
+    return common.opened(path, size_only=True)
 
 
 def face_map(points, size):
@@ -598,7 +617,7 @@ def train(args):
     nets = build(args, run.device)
     run.resume_or_start({name: part for name, part in vars(nets).items() if name != "V"})
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
         print(f"toy preset instead of the paper's settings: {preset}")
     for step, batch in run.steps(data, total):
         if step % args.sample_every == 0:
@@ -635,11 +654,14 @@ def test_pairs(root, args, limit=None):
         split = "train"
     frames = find_frames(root, split, args)
     pairs, found = Pairs(frames, args), []
-    for i in range(0, len(frames), max(1, len(frames) // limit) if limit else 1)[:limit]:
+    if len(pairs.members) == 1:
+        print(f"{root}: {split} has one style only, so exemplars have that of the map itself")
+    for k in range(n := min(limit or len(frames), len(frames))):
+        i = k * len(frames) // n
         rng = random.Random(common.mix("exemplar", i))
         drawn = ([rng.choice(group) for group in pairs.members.values()] if args.groups else
                  [pairs.draw(rng, i, False) for _ in range(args.exemplars)])
-        found += [(frames[i], frames[j]) for j in drawn[:1 if limit else None]]
+        found += [(frames[i], frames[j]) for j in ([drawn[k % len(drawn)]] if limit else drawn)]
     return found
 
 
@@ -671,7 +693,8 @@ def coloured(x, args):
         i = torch.arange(args.labels)[:, None]
         palette = torch.cos(i * 2.4 + torch.tensor([0.0, 2.1, 4.2])) * (1 - 0.3 * (i % 3 == 2))
         return palette[x.argmax(0)].permute(2, 0, 1)
-    return (2 * x[:3] if args.label_kind == "picture" else 2 * x[:1].expand(3, -1, -1)) - 1
+    drawing = args.label_kind == "picture" and len(x) > 2
+    return 2 * (x[:3] if drawing else x[:1].expand(3, -1, -1)) - 1
 
 
 def truth_scores(G, root, args, device):
@@ -698,24 +721,22 @@ def load_generator(args, device):
 def translate_files(args):
     """Paint --translate, a label map or a folder of them, in the style of --exemplar, to PNG."""
     device = common.pick_device(args.device)
-    G, source, out = load_generator(args, device), Path(args.translate), args.out or "translated"
+    G, out = load_generator(args, device), args.out or "translated"
     if args.exemplar is None or args.exemplar_label is None:
         raise UserError("--translate needs --exemplar PATH and --exemplar-label PATH as well")
-    files = sorted(f for f in (source.iterdir() if source.is_dir() else [source])
-                   if f.suffix.lower() in LABEL_SUFFIXES[args.label_kind])
-    if not files:
-        raise UserError(f"{source}: no label maps of --label-kind {args.label_kind} there "
-                        f"({', '.join(sorted(LABEL_SUFFIXES[args.label_kind]))})")
+    if args.label_kind == "ids":
+        common.open_ids(args.exemplar_label, DRAWINGS, args.exemplar)       # of one size
+    files = common.list_pictures(args.translate, suffixes=LABEL_SUFFIXES[args.label_kind])
 
     def painted(f):
-        own = tuple(F(f, args).shape[:0:-1])
+        own = own_size(f, args)
         size = common.at_side(own, f)
         x, F_I = F(f, args, size), F(args.exemplar_label, args, size)
         given = x, F_I, picture(args.exemplar, size)
         y = translate(G, *(t[None].to(device) for t in given), args)
         return common.to_pil(y[0]).resize(own, Image.BICUBIC)
 
-    common.paint_files(files, out, painted, keep=[args.exemplar])
+    common.paint_files(files, out, painted, keep=[args.exemplar, args.exemplar_label])
 
 
 def evaluate(args):

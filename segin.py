@@ -69,8 +69,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
+from torch.nn import functional
 
 import common
 from common import PatchGAN, Run, UserError, full
@@ -81,12 +81,11 @@ from common import PatchGAN, Run, UserError, full
 
 LAYOUT = ("train/ (and test/ or val/) with side-by-side pairs like pix2pix's, or train_sketch/ "
           "train_img/ (and test_sketch/ test_img/); optional masks in train_mask/, by name")
-KNOWN = {name: tuple(f"{scheme}://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{name}.tar.gz"
-                     for scheme in ("https", "http"))
+KNOWN = {name: (f"http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{name}.tar.gz",)
          for name in ("edges2shoes", "edges2handbags")}  # Sec. IV; from pix2pix (Isola 2017)
 LAYERS = [f"relu{block}_{conv}" for block, convs in enumerate((2, 2, 4, 4, 4), start=1)
           for conv in range(1, convs + 1)]
-TOY = {  # no term of Eq. (11) differs, and w1, w3 to w6 are the paper's
+TOY = {  # no term of Eq. (11) differs, and w1, w3 to w6 are as for the paper's data
     "size": 64, "batch": 4, "steps": 500,               # minutes on a laptop: small and short, ...
     "ngf": 16, "ndf": 32, "lr": 1e-3, "lr_D": 2e-4,     # ... so narrower and faster
     "downs": 2, "w2": 8e-5,      # the bottleneck has 16x16 places; 1/16 of the values in the sum
@@ -174,8 +173,9 @@ def semantic_match(Phi_x, Phi_r, k=3):
     product of unit vectors, of which 4096 rows are held at a time.
     """
     B, _, h, w = Phi_x.shape
-    patches_x = F.normalize(F.unfold(Phi_x.float(), k, padding=k // 2), dim=1)  # (B, C k k, h w)
-    patches_r = F.normalize(F.unfold(Phi_r.float(), k, padding=k // 2), dim=1)  # (B, C k k, h' w')
+    patches_x, patches_r = (                                 # (B, C k k, h w), (B, C k k, h' w')
+        functional.normalize(functional.unfold(Phi.float(), k, padding=k // 2), dim=1)
+        for Phi in (Phi_x, Phi_r))
     xi = [(rows @ patches_r).argmax(dim=2)                                      # Eq. (1)
           for rows in patches_x.transpose(1, 2).split(4096, dim=1)]
     return torch.cat(xi, dim=1).view(B, h, w)
@@ -184,10 +184,10 @@ def semantic_match(Phi_x, Phi_r, k=3):
 def rebuild(r, xi, delta):
     """W (B, 3, h delta, w delta): block xi_i of r at place i; r (B, 3, H', W'), xi (B, h, w)."""
     B, h, w = xi.shape
-    blocks = F.unfold(r, delta, stride=delta)                # (B, 3 delta^2, h' w'): a column each
+    blocks = functional.unfold(r, delta, stride=delta)                # (B, 3 delta^2, h' w')
     columns = xi.reshape(B, 1, h * w).expand(-1, blocks.shape[1], -1)    # (B, 3 delta^2, h w)
     matched = blocks.gather(2, columns)                      # Eq. (2): column i is column xi_i of r
-    return F.fold(matched, (h * delta, w * delta), delta, stride=delta)
+    return functional.fold(matched, (h * delta, w * delta), delta, stride=delta)
 
 
 class SemanticMatch(nn.Module):
@@ -213,12 +213,12 @@ class SemanticMatch(nn.Module):
         picture = edges(picture) if self.args.match_on == "edges" else picture
         if self.args.match_zoom == 1:
             return picture
-        return F.interpolate(picture, scale_factor=self.args.match_zoom, mode="bicubic")
+        return functional.interpolate(picture, scale_factor=self.args.match_zoom, mode="bicubic")
 
 
 def edges(picture):
     """Gradient magnitude over all channels, dark on white: (B, 3, H, W) -> same, in [-1, 1]."""
-    p = F.pad(picture, (1, 1, 1, 1), mode="replicate")
+    p = functional.pad(picture, (1, 1, 1, 1), mode="replicate")
     right, down = p[:, :, 1:-1, 2:] - p[:, :, 1:-1, :-2], p[:, :, 2:, 1:-1] - p[:, :, :-2, 1:-1]
     size = (right.square() + down.square()).sum(dim=1, keepdim=True).sqrt()
     size = size / size.amax(dim=(2, 3), keepdim=True).clamp(min=1e-6)
@@ -238,10 +238,6 @@ def conv_block(a, b, halve=False):
     """Convolution, batch norm, ReLU: (B, a, H, W) -> (B, b, H, W), or half of H and W."""
     return nn.Sequential(nn.Conv2d(a, b, 4, 2, 1) if halve else nn.Conv2d(a, b, 3, 1, 1),
                          nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-
-
-def upsample():
-    return nn.Upsample(scale_factor=2, mode="nearest")
 
 
 class NonLocal(nn.Module):
@@ -301,10 +297,10 @@ class Translator(nn.Module):
         stages = list(pairwise([c[5], *c[:downs][::-1]]))      # 512 512 256 128 64
         self.image = nn.ModuleList(conv_block(a + b, b) for a, b in stages)  # b more from a skip
         self.to_image = nn.Sequential(nn.Conv2d(c[0], 3, 3, padding=1), nn.Tanh())
+        self.up = nn.Upsample(scale_factor=2)
         self.segmentation = nn.Sequential(
-            *[layer for a, b in stages for layer in (upsample(), conv_block(a, b))],
+            *[layer for a, b in stages for layer in (self.up, conv_block(a, b))],
             nn.Conv2d(c[0], 1, 3, padding=1), nn.Sigmoid())
-        self.up = upsample()
 
     def forward(self, x, W):
         h, skips = torch.cat([x, W], dim=1), []                          # (B, 6, H, W)
@@ -352,7 +348,7 @@ CHANCE = {"L_D": 2 * math.log(2), "L_GAN": math.log(2)}  # D = 1/2 everywhere
 
 def log_D(logits):
     """E log D, where D = sigmoid(logits); log_D(-logits) is E log(1 - D). (B, 1, H', W')."""
-    return F.logsigmoid(full(logits)).mean()                             # Eq. (7), one expectation
+    return functional.logsigmoid(full(logits)).mean()                    # Eq. (7), one expectation
 
 
 def recon_loss(y, y_hat):
@@ -395,23 +391,21 @@ def attention_loss(seg, y_hat, y_seg, y):
 def find_pairs(root, split, args):
     """[(sketch or None, photo, mask or None)] of root's split; without a sketch the photo is a
     side-by-side pair, or with --input grey all that is needed. Raises `UserError`."""
-    for name in ("test", "val") if split == "test" else (split,):  # pix2pix's sets have only val
-        apart = Path(root, f"{name}_img").is_dir()
-        if not apart and not Path(root, name).is_dir():
-            continue
-        photos = common.list_pictures(Path(root, f"{name}_img" if apart else name))
+    names = ("test", "val") if split == "test" else (split,)  # pix2pix's sets have only val
+    found = [d for name in names for d in (f"{name}_img", name) if Path(root, d).is_dir()]
+    if not found:
+        raise UserError(f"{root}: no {split} pictures; expected {LAYOUT}")
+    photos, name = common.list_pictures(Path(root, found[0])), found[0].removesuffix("_img")
 
-        def partners(kind, photos=photos, name=name):
-            files = common.by_name(common.list_pictures(Path(root, f"{name}_{kind}")))
-            if alone := {f.stem for f in photos} - files.keys():
-                raise UserError(f"{root}: {min(alone)} has no {kind} of that name in "
-                                f"{name}_{kind}")
-            return files
+    def partners(kind):
+        files = common.by_name(common.list_pictures(Path(root, f"{name}_{kind}")))
+        if alone := {f.stem for f in photos} - files.keys():
+            raise UserError(f"{root}: {min(alone)} has no {kind} of that name in {name}_{kind}")
+        return files
 
-        sketches = partners("sketch") if apart and args.input == "sketch" else {}
-        masks = partners("mask") if Path(root, f"{name}_mask").is_dir() else {}
-        return [(sketches.get(f.stem), f, masks.get(f.stem)) for f in photos]
-    raise UserError(f"{root}: no {split} pictures; expected {LAYOUT}")
+    sketches = partners("sketch") if found[0] != name and args.input == "sketch" else {}
+    masks = partners("mask") if Path(root, f"{name}_mask").is_dir() else {}
+    return [(sketches.get(f.stem), f, masks.get(f.stem)) for f in photos]
 
 
 def load_pair(files, args):
@@ -434,8 +428,11 @@ def load_pair(files, args):
     x, y = (common.to_tensor(im.resize(size, Image.BICUBIC)) for im in (x, y))
     if mask is None:  # CHOICE: coloured is foreground (Sec. IV); a JPEG's white is not quite 1
         return x, y, (y.amin(dim=0, keepdim=True) < 0.9).float()
-    mask = common.to_tensor(common.open_rgb(mask).resize(size, Image.NEAREST))
-    return x, y, (mask[:1] > 0).float()
+    y_seg = common.to_tensor(common.open_rgb(mask).resize(size, Image.NEAREST))[:1]
+    if -1 < y_seg.max() <= 0:
+        raise UserError(f"{mask}: white is foreground, but nothing in it is brighter than "
+                        f"{round((float(y_seg.max()) + 1) * 127.5)} of 255")
+    return x, y, (y_seg > 0).float()
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -472,7 +469,7 @@ def shift_patches(xi, rng):
     move alike. WHY alike: r's parts lie elsewhere, and there W(x, r) takes whole parts of it."""
     h, w = xi.shape
     coarse = torch.rand(1, 2, 4, 4, generator=rng) * 2 - 1                 # sixteen pulls
-    rows, columns = F.interpolate(coarse, (h, w), mode="bilinear")[0] / 5  # (h, w), each
+    rows, columns = functional.interpolate(coarse, (h, w), mode="bilinear")[0] / 5  # (h, w), each
     rows = (torch.arange(h)[:, None] + (rows * h).round().long()).clamp(0, h - 1)
     columns = (torch.arange(w) + (columns * w).round().long()).clamp(0, w - 1)
     return xi[rows, columns]
@@ -507,7 +504,7 @@ def spoil(y, xi, rng, args):
     if tint:  # a tenth of the places, each in a colour of its own
         colour = torch.randn(1, 3, *xi.shape, generator=rng) * 0.5
         colour = colour * (torch.rand(1, 1, *xi.shape, generator=rng) < 0.1)
-        W = W + F.interpolate(colour, W.shape[2:]).to(W.device)
+        W = W + functional.interpolate(colour, W.shape[2:]).to(W.device)
     if noise:
         W = W + 0.1 * torch.randn(W.shape, generator=rng).to(W.device)
     return W[0].clamp(-1, 1)
@@ -594,7 +591,7 @@ def train(args):
     nets = build(args, run.device)
     run.resume_or_start({name: getattr(nets, name) for name in ("N", "D", "opt_N", "opt_D")})
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
         print(f"toy preset instead of the paper's settings: {preset}")
     spoilt = SpoiltW(nets.match, args)
     for step, (x, y, y_seg, pairs, seeds) in run.steps(data, total):
@@ -681,18 +678,23 @@ def translate_files(args):
     if args.exemplar is None:
         raise UserError("--exemplar FILE is needed: the reference photo, or a folder of them")
     device = common.pick_device(args.device)
-    nets, references = load_networks(args, device), common.list_pictures(args.exemplar)
-    for file in references:
+    nets = load_networks(args, device)
+    references = common.by_name(common.list_pictures(args.exemplar))
+    for name, file in references.items():
         r = common.to_tensor(common.open_rgb(file))[None].to(device)
 
         def net(x, r=r):  # WHY resized: in training, too, both were squeezed into one square
-            r = F.interpolate(r, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
+            if args.input == "grey":  # as `load_pair` makes x of y
+                x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+                x = x.expand(-1, 3, -1, -1)
+            r = functional.interpolate(r, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
             return translate(nets, x, r, args)[0]
 
         out = Path(args.out or "translated")
         common.translate_files(
-            args.translate, out if len(references) == 1 else out / file.stem,
-            lambda x, net=net: common.same_size(net, x.to(device), multiple(args)))
+            args.translate, out if len(references) == 1 else out / name,
+            lambda x, net=net: common.same_size(net, x.to(device), multiple(args)),
+            references.values(), alpha=False)  # a sketch on clear paper: its alpha is its ink
 
 
 def evaluate(args):

@@ -1,12 +1,12 @@
 """SPADE: semantic image synthesis with spatially-adaptive normalisation (also known as GauGAN).
 
 A generator turns a label map m (here sky, there grass) into a picture x_hat. Usual networks read
-m at their first layer, and their normalisation layers wash it away: a region of one label is
-uniform, and what is uniform is 0 after normalisation, whichever label it was. SPADE lets m in
+m at their first layer, and their normalisation layers wash it away: a map of one label alone is
+uniform, and after instance normalisation that is 0, whichever label it was. SPADE lets m in
 *after* each normalisation instead: gamma(m) and beta(m), one number per channel and place, scale
 and shift what the layer has normalised. The first layer then need not see m; it may read a random
-z, or the style z that an image encoder takes from another picture. With one label per picture, and
-no places, this is conditional batch norm; with N = 1 and a picture for m, AdaIN (Sec. 2.3).
+z, or the style z that an image encoder takes from another picture. Without places, and with one
+label per picture, this is conditional batch norm; with a picture for m and N = 1, AdaIN (Sec. 2.3).
 
 T. Park, M.-Y. Liu, T.-C. Wang, J.-Y. Zhu, "Semantic Image Synthesis with Spatially-Adaptive
 Normalization", CVPR 2019 (arXiv 1903.07291). Numbers below are those of chapter 2 in T. Park,
@@ -36,7 +36,7 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              what the code did on GPUs. The text's words: --init glorot.
              "The same multi-scale D" has three scales in pix2pixHD and two in the code. The code's
              GAN loss is the mean over scales; feature matching weighs 10 / 2 on every activation;
-             VGG sees [-1, 1] as it is; an instance map's edges are further channels of m.
+             VGG sees [-1, 1] as it is; an instance map's edges are one more channel of m.
              The code paints anew, with the updated G, for D's step. Here D learns from G's x_hat:
              one pass of G less, and its batch statistics move once in a step, not twice.
              KL is summed over z and averaged over pictures; the code sums over a GPU's 4 pictures
@@ -45,7 +45,7 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              G starts at 8x8 for 256 pixels, as in the code; Fig. 2.12 draws 4x4 (--doublings 6).
 
 USAGE        python spade.py                                  # toy world, scores at the end
-             python spade.py --data mydata [--input encoder]  # {train,test}_{img,label}[_inst]
+             python spade.py --data mydata [--input encoder]  # {train,test}_{img,label[,inst]}
              python spade.py --translate map.png --weights last.pt [--exemplar style.jpg]
 EXPECT       python spade.py: 10 minutes of a slow core, 8 more for the networks that score it (seed
              0): colours within 8 grey levels of the truth in the own and in another's style (mean
@@ -79,8 +79,7 @@ from common import InstanceNorm, Run, UserError, full
 # 1. Configuration
 # =============================================================================================
 
-KNOWN = {"ade20k": ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip")}
+KNOWN = {"ade20k": ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",)}
 LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/; optional train_inst/ test_inst/) "
           "with pictures and label maps of the same names, Cityscapes' leftImg8bit/ gtFine/, or "
           "ADE20K's images/ annotations/")
@@ -92,7 +91,7 @@ KINDS = {  # Sec. 2.4, 2.6, by how a data set's name begins; ids as the released
                    "unlabelled": [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 34]},
     "coco": {"labels": 182, "unlabelled": [255], "edges": True, "epochs": 100, "decay_from": 1.0},
     "flickr": {"labels": 182, "unlabelled": [255], "epochs": 50, "decay_from": 1.0},
-    "camvid": {"labels": 11, "unlabelled": [11]},
+    "camvid": {"labels": 11, "unlabelled": [11]},  # ours: not in the text, nothing released
 }
 TOY = {  # no term of the objective differs
     "labels": 7, "edges": True, "input": "encoder",
@@ -148,7 +147,7 @@ def get_args(argv=None):
     def presets(args):
         name = ("cityscapes" if Path(args.data, "gtFine").is_dir() else "ade20k"
                 if Path(args.data, "annotations").is_dir() else Path(args.data).name.lower())
-        kind = TOY if args.data == "toy" else next(
+        kind = TOY if args.data == "toy" and not args.translate else next(
             (KINDS[kind] for kind in KINDS if name.startswith(kind)), {})
         share = max(1, 32 // int(os.environ.get("WORLD_SIZE", 1)))   # torchrun: 32 pictures in all
         return {"batch": share, "load": round(args.size * 286 / 256)} | kind
@@ -159,7 +158,7 @@ def get_args(argv=None):
               + ", ".join(f"{k} {getattr(args, k)}" for k in sorted(kind)))
     args.height = args.height or args.size
     for flag, value in (("--size", args.size), ("--height", args.height)):
-        if value < 16 or value % 2**args.doublings:
+        if value % 2**args.doublings:
             raise UserError(f"{flag} {value}: must be a multiple of {2**args.doublings}")
     if args.batch * args.size * args.height == 4**args.doublings:
         raise UserError(f"--batch 1: G would start from a single place, which cannot be normalised;"
@@ -276,7 +275,7 @@ class Encoder(nn.Module):
     """q(z|x) (Fig. 2.14): x (B, 3, H, W) -> mu, logvar (B, 256); 10.46 M parameters.
 
     x is resized to a square, then halved until it is 4x4. CHOICE: the square of the code is 256,
-    which makes the six layers of the text; for smaller pictures it is the power of two below them.
+    which makes the six layers of the text; for less it is the largest power of two within --size.
     """
 
     def __init__(self, ngf=64, z=256, size=256):
@@ -472,9 +471,8 @@ def find_pairs(root, split, edges=False):
 def check_pairs(pairs, args):
     """Before training: sizes agree and ids are in range; fills in args.labels if it is None."""
     def look(pair):
-        for ids in filter(None, pair[1:]):
-            common.check_same_size(pair[0], ids)
-        return np.unique(np.asarray(common.open_ids(pair[1]))).tolist()
+        maps = [common.open_ids(ids, of=pair[0]) for ids in filter(None, pair[1:])]
+        return np.unique(np.asarray(maps[0])).tolist()
 
     with ThreadPool(max(1, args.workers)) as pool:  # Pillow decodes outside the interpreter's lock
         found = pool.map(look, pairs, chunksize=8)
@@ -633,7 +631,7 @@ def train(args):
     nets = build(args, run.device)
     run.resume_or_start({name: part for name, part in vars(nets).items() if name != "vgg"})
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
         print(f"toy preset instead of the paper's settings: {preset}")
     for step, (labels, edges, x) in run.steps(data, total):
         if step % args.sample_every == 0:
@@ -743,8 +741,10 @@ def translate_files(args):
     nets = load_networks(args, device)
     if args.exemplar and not hasattr(nets, "E"):
         raise UserError("--exemplar: only a network trained with --input encoder has a style")
-    z = (style(nets, common.to_tensor(common.open_rgb(args.exemplar))[None]) if args.exemplar
-         else random_styles(1, args))
+    z = random_styles(1, args)
+    if args.exemplar:  # resized as in training: E's own resizing would alias a large photo
+        x = common.open_rgb(args.exemplar).resize((args.size, args.height), Image.BICUBIC)
+        z = style(nets, common.to_tensor(x)[None])
 
     def picture(f):
         inst = f if args.inst is None else Path(args.inst)        # without: borders of the labels
@@ -755,7 +755,9 @@ def translate_files(args):
         painted = paint(nets, (to_labels(small, args)[None], edges), z, args)[0]
         return common.to_pil(painted).resize(labels.size, Image.BICUBIC)
 
-    common.paint_files(common.list_pictures(args.translate), args.out or "translated", picture)
+    keep = [f for p in (args.exemplar, args.inst) if p for f in common.list_pictures(p)]
+    files, out = common.list_pictures(args.translate), args.out or "translated"
+    common.paint_files(files, out, picture, keep)
 
 
 def truth_scores(nets, root, args, device):
@@ -778,7 +780,9 @@ def evaluate(args):
     pairs, held_out = (find_pairs(root, split, args.edges) for split in ("train", args.split))
     check_pairs(held_out, args)
     test = test_batch(held_out, args)
-    x, x_hat = test[2], next(iter(answers(nets, test, args).values()))
+    x = test[2]
+    z = style(nets, x) if hasattr(nets, "E") else random_styles(len(x), args)
+    x_hat = paint(nets, test, z, args)
     common.print_scores(common.lab("toy.reading", "--evaluate").label_scores(
         x_hat, test, LabelledPictures(pairs, args), args.labels, args.unlabelled, device,
         [args.segmenter]))

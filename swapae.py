@@ -41,19 +41,20 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              R1 of D_patch weighs a quarter, for gradients to both sets of crops (text: 1, of which
              StyleGAN2 takes half).
              Crops are resized to 128 pixels (text: to a quarter of the picture, the same at 512);
-             "3 dense layers" are hidden ones, and the logit's. In two launchers the references are
-             not averaged, but paired with the queries: --setting church, bedroom.
+             "3 dense layers" are hidden ones; the logit's is a fourth. In two launchers the
+             references are not averaged, but paired with the queries: --setting church, bedroom.
              L1 is a mean. No moving average of the weights (--ema has one). D and G see different
              batches. E blurs by [1, 2, 1], the others by [1, 3, 3, 1]. --setting 1024 trains
              768-pixel crops of narrower networks (text: 1024 after 512).
-             `python -m lab.variants show swapae thesis` is the text, as a diff. Not here: user
-             studies, the detector of Tab. 4.4, and the baselines of Tabs. 4.1 to 4.3.
+             `python -m lab.variants show swapae thesis`: the text as a diff, but for scale and
+             shift, E's blur, patches and dense layers. Not here: user studies, the detector of
+             Tab. 4.4, and the baselines of Tabs. 4.1 to 4.3.
 
-USAGE        python swapae.py                                 # toy world, a score at the end
+USAGE        python swapae.py                                 # toy world, scores at the end
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
              python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
-EXPECT       python swapae.py: 15 minutes of a slow core (seed 0, 40 test scenes): figure, ground
+EXPECT       python swapae.py: 19 minutes of a slow core (seed 0, 40 test scenes): figure, ground
              take the exemplar's hues, colour error 12 (copying the structure 36, colour transfer
              20, in dark and light apart 4), the layout stays, outline error 0.08; but G paints no
              motifs yet, not even from the true answer's codes: right in 0.31 of the regions, which
@@ -85,8 +86,8 @@ from common import Run, UserError, full
 LAYOUT = "a folder of pictures, or one with train/ (and test/), or with trainA/ trainB/"
 SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4.8)
     "256": {},
-    "church": {"aggregate": False},                # trained anew; their released weights: "256" ...
-    "bedroom": {"aggregate": False, "batch": 32},  # ... with batch 32, as for AFHQ
+    "church": {"aggregate": False},                # to train anew; the released weights are of
+    "bedroom": {"aggregate": False, "batch": 32},  # "256": batch 32 (church, AFHQ), 56 (bedroom)
     "512": {"size": 512},                          # FFHQ: squares, where their resize is ours
     "mountains": {"size": 512, "lambda_patch_R1": 10.0},
     "1024": {"size": 768, "load": 1024, "downs": 5, "texture": 1536, "patch": 256,
@@ -138,9 +139,10 @@ def get_args(argv=None):
     add("--pca", type=int, metavar="K",
         help="--translate: move along --data's K-th principal direction, in deviations")
     add("--mask", metavar="FILE|X,Y|all", help="--pca: of the structure code's places: where a "
-        "picture is white, or alike to pixel X,Y; all: of the whole map, for aligned pictures")
+        "picture is white, or alike to pixel X,Y (after --side); all: of the whole map, for "
+        "aligned pictures")
     add("--clone", type=int, nargs=6, metavar="PX",
-        help="--translate: copy structure from the box X Y W H to TO_X TO_Y")
+        help="--translate: copy structure from the box X Y W H to TO_X TO_Y (after --side)")
     add("--alpha", type=float, nargs="+", default=[1.0],
         help="how far to go: to --exemplar's texture, or along --vector or --pca")
     add("--vgg", default="imagenet", metavar="imagenet|random|FILE",
@@ -148,10 +150,10 @@ def get_args(argv=None):
     add("--fid-weights", metavar="FILE", help="Inception weights for --evaluate")
 
     def presets(args):
-        return SETTINGS[args.setting] | (TOY if args.data == "toy" else {})
+        return SETTINGS[args.setting] | (TOY if args.data == "toy" and not args.weights else {})
 
     args = common.parse_flags(p, argv, "swapae", presets, run_name)
-    least, cells = 7 * 2 ** args.downs, 4 * args.size / 2 ** round(math.log2(max(args.size, 1)))
+    least, cells = 7 * 2 ** args.downs, 4 * args.size / 2 ** round(math.log2(args.size))
     for wrong, message in (
             (args.downs < 1, f"--downs {args.downs}: must be at least 1"),
             (args.size < least or args.size % 2 ** args.downs or cells % 1,
@@ -164,8 +166,9 @@ def get_args(argv=None):
              f"--patch {args.patch}: must be a power of two, 8 at least"),
             (not 0 < args.crop[0] <= args.crop[1] <= 1,
              f"--crop {args.crop}: expected two shares of a side, the smaller one first"),
-            (args.crops < 1, f"--crops {args.crops}: must be at least 1"),
-            (min(args.widths) < 1 / 64, f"--widths {args.widths}: at least 1/64 each"),
+            (min(args.widths) < 1 / 32, f"--widths {args.widths}: at least 1/32 each"),
+            (args.widths[3] * 2 ** 12 < args.patch,
+             f"--widths: D_patch needs {args.patch / 2 ** 12:g} at --patch {args.patch}"),
             (not 0 <= args.ema < 1, f"--ema {args.ema}: must lie between 0 and 1")):
         if wrong:
             raise UserError(message)
@@ -456,11 +459,11 @@ def build(args, device):
     torch.manual_seed(args.seed)
     width_E, width_G, width_D, width_patch = args.widths
     widths = [min(args.texture, round(32 * 2 ** i * width_E)) for i in range(args.downs + 3)]
-    up = [int(min(512, 128 * 2 ** (args.downs - i)) * width_G) for i in range(args.downs + 1)]
+    top, *up = [int(min(512, 128 * 2 ** (args.downs - i)) * width_G) for i in range(args.downs + 1)]
     blocks = 2                                             # before upsampling; CHOICE (code)
-    head = [max(args.structure, round((i + 1) / blocks * up[0])) for i in range(blocks)]
+    head = [max(args.structure, round((i + 1) / blocks * top)) for i in range(blocks)]
     codes = args.structure, args.texture, args.code_norm
-    nets = SimpleNamespace(E=Encoder(widths, args.downs, *codes), G=Generator(head, up[1:], *codes),
+    nets = SimpleNamespace(E=Encoder(widths, args.downs, *codes), G=Generator(head, up, *codes),
                            D=Discriminator(args.size, width_D),
                            D_patch=PatchDiscriminator(args.patch, width_patch, args.aggregate))
     for net in vars(nets).values():
@@ -515,10 +518,8 @@ def squared_slope(logits, *inputs):
     return sum(grad.square().flatten(1).sum(1).mean() for grad in grads)
 
 
-def chance(args):
-    """What a D and a D_patch that say 1/2 everywhere would get."""
-    return {"L_D": 2 * math.log(2), "L_Dpatch": 2 * math.log(2)} | dict.fromkeys(
-        ("L_GAN_rec", "L_GAN_swap", "L_Cooccur"), math.log(2))
+CHANCE = {"L_D": 2 * math.log(2), "L_Dpatch": 2 * math.log(2)} | dict.fromkeys(
+    ("L_GAN_rec", "L_GAN_swap", "L_Cooccur"), math.log(2))  # D and D_patch = 1/2 everywhere
 
 
 # =============================================================================================
@@ -703,7 +704,7 @@ def train_step(nets, x_D, x_G, args, rng, step=0):
 
 
 def train(args):
-    run = Run("swapae", args, chance(args))
+    run = Run("swapae", args, CHANCE)
     root = data_folder(args)
     data = Pictures(root, args)
     total = args.steps or max(1, PICTURES // (2 * args.batch * run.world))
@@ -712,7 +713,7 @@ def train(args):
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
     if args.data == "toy":
-        preset = ", ".join(f"{k} {v}" for k, v in TOY.items())
+        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
         print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
@@ -826,7 +827,7 @@ def load_networks(args, device):
 
 def codes_of(nets, files, args, device):
     """Files -> z_s (N, C, h, w), z_t (N, C') of at most 1000 of them, each at --size."""
-    pairs = [embed(nets, x, args) for x in opened(files, args, device).split(8)]
+    pairs = [embed(nets, x.to(device), args) for x in opened(files, args, "cpu").split(8)]
     return tuple(torch.cat(codes) for codes in zip(*pairs, strict=True))
 
 
@@ -846,6 +847,12 @@ def principal_edit(nets, args, device):
     return (directions[-1] * deviations[-1]).view(shape)
 
 
+def at_side(path):
+    """A picture (3, H, W) at the scale that --side gives to those that are translated."""
+    im = common.open_rgb(path)
+    return common.to_tensor(im.resize(common.at_side(im.size, path), Image.BICUBIC))
+
+
 def mask_of(z_s, x, args, cell):
     """--mask -> (1, 1, h, w) over the cells of z_s, for the picture x (1, 3, H, W)."""
     (H, W), (h, w) = x.shape[2:], z_s.shape[2:]
@@ -858,7 +865,7 @@ def mask_of(z_s, x, args, cell):
         if row >= H or column >= W:
             raise UserError(f"--mask {args.mask}: outside of a picture of {W}x{H}")
         return similarity_mask(z_s, row // cell, column // cell)
-    white = common.to_tensor(common.open_rgb(args.mask)).mean(0)[None, None] / 2 + 0.5
+    white = at_side(args.mask).mean(0)[None, None] / 2 + 0.5
     if white.shape[2:] != (H, W):
         raise UserError(f"--mask {args.mask}: {white.shape[3]}x{white.shape[2]} pixels, but the "
                         f"picture has {W}x{H}")
@@ -868,9 +875,9 @@ def mask_of(z_s, x, args, cell):
 
 def cells_of(pixels, source, z_s, cell):
     """--clone's X Y W H TO_X TO_Y -> ((left, top, width, height), (x, y)): all cells touched."""
-    left, top, x, y = (pixels[i] // cell for i in (0, 1, 4, 5))
-    width, height = (-(-(pixels[i] + pixels[i + 2]) // cell) - first
-                     for i, first in ((0, left), (1, top)))
+    X, Y, W, H, to_X, to_Y = pixels
+    left, top, x, y = (n // cell for n in (X, Y, to_X, to_Y))
+    width, height = math.ceil((X + W) / cell) - left, math.ceil((Y + H) / cell) - top
     if (min(pixels) < 0 or 0 in pixels[2:4] or left >= source.shape[3] or top >= source.shape[2]
             or x >= z_s.shape[3] or y >= z_s.shape[2]):
         raise UserError(f"--clone {' '.join(map(str, pixels))}: expected X Y W H TO_X TO_Y, pixels "
@@ -887,7 +894,7 @@ def translate_files(args):
     device = common.pick_device(args.device)
     nets, other, step = load_networks(args, device), None, None
     if args.exemplar:
-        other = embed(nets, common.to_tensor(common.open_rgb(args.exemplar))[None].to(device), args)
+        other = embed(nets, at_side(args.exemplar)[None].to(device), args)
     if args.vector:
         step = attribute(*(codes_of(nets, common.list_pictures(folder), args, device)[1]
                            for folder in args.vector))

@@ -694,11 +694,11 @@ def test_lab_is_imported_where_it_is(monkeypatch):
 def flags(*argv, **options):
     p = common.base_parser("A method.\n\nMore about it.")
     p.add_argument("--lr", type=float, default=0.1, help="rate")
-    for name, value in (("--width", 64), ("--blocks", 9), ("--depth", 3)):
+    for name, value in (("--width", 64), ("--blocks", 9), ("--depth", 3), ("--passes", None)):
         p.add_argument(name, type=int, default=value, help=name)
 
     def presets(args):
-        return {"width": 16, "blocks": 4, "depth": 2} if args.data == "toy" else {}
+        return ({"width": 16, "blocks": 4, "depth": 2, "passes": 1} if args.data == "toy" else {})
     return common.parse_flags(p, list(argv), "method", presets, lambda a: f"m-{a.data}", **options)
 
 
@@ -719,7 +719,7 @@ def test_flags_come_in_layers(tmp_path, monkeypatch):
     saved = {"width": 5, "depth": 6, "data": "photos", "gone": 1, "out": "x", "device": "cuda"}
     write_checkpoint(Path("w.pt"), **saved)
     args = flags("--weights", "w.pt", "--depth", "8")
-    assert (args.lr, args.width, args.blocks, args.depth) == (0.1, 5, 4, 8)
+    assert (args.lr, args.width, args.blocks, args.depth) == (0.1, 5, 9, 8)  # of photos: no preset
     assert (args.data, args.out, args.device) == ("photos", None, None)
     assert args.run_folder == str(Path("runs/m-photos")) and not hasattr(args, "gone")
     assert flags("--weights", "w.pt", "--out", "there").run_folder == "there"
@@ -730,6 +730,10 @@ def test_flags_come_in_layers(tmp_path, monkeypatch):
     assert (args.width, args.blocks, args.resume) == (5, 4, True)
     write_checkpoint(Path("mine/last.pt"), width=6)
     assert flags("--resume", "--out", "mine").width == 6
+    assert flags().passes == 1
+    write_checkpoint(Path("n.pt"), passes=None, data="photos")  # not the toy preset's number
+    assert flags("--weights", "n.pt").passes is None
+    assert flags("--weights", "n.pt", "--passes", "7").passes == 7
     for content in ({"model.1.weight": torch.zeros(2)}, torch.zeros(2)):  # the authors' file
         torch.save(content, "net.pth")
         assert flags("--weights", "net.pth").width == 16

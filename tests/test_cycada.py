@@ -303,7 +303,7 @@ def test_weights_that_fit_no_task_model_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", fetch)
     with pytest.raises(common.UserError, match="cannot fetch .*vgg16.*no network"):
-        cycada.vgg16_state()
+        cycada.task_model(tiny_args("--task-model", "fcn8s"), "imagenet")
     assert asked == {"check_hash": True, "weights_only": True}
 
 
@@ -691,6 +691,55 @@ def test_label_ids_and_ignored(tmp_path):
                                                                                       [2, 255]]
 
 
+def test_a_map_of_another_shape_is_refused(folder, capsys):
+    flags = ["--data", folder, *TINY, *STEPS, "--stage", "source"]
+    for size, fine in (((96, 80), True), ((48, 39), False), ((40, 48), False)):
+        Image.fromarray(np.zeros(size[::-1], np.uint8)).save(folder / "test_label/2.png")
+        args = cycada.get_args([*map(str, flags)])
+        if fine:
+            assert len(cycada.load_data(args)["test"]) == 4
+        else:
+            line = error_of(capsys, cycada.main, *flags)
+            assert "test_label/2.png" in line and "{}x{} pixels".format(*size) in line
+
+
+@pytest.mark.parametrize("classes", [("road=3", "road=12"), ("a=1", "b=1"),
+                                     [f"c{i}" for i in range(256)]])
+def test_classes_and_ids_are_given_once(classes):
+    with pytest.raises(common.UserError, match="--classes: each name and each id once"):
+        tiny_args("--classes", *classes)
+
+
+def test_known_classes_are_a_list_of_their_own():
+    assert len(tiny_args("--classes", "gta5").classes) == 19
+    assert tiny_args("--classes", "gta5", "extra").classes == ["gta5", "extra"]
+
+
+def test_negative_ids_are_no_class(tmp_path):
+    Image.fromarray(np.array([[-1, 0], [1, 70000]], dtype=np.int32)).save(tmp_path / "a.tif")
+    some = tiny_args("--classes", "sky=0", "road=1")
+    assert np.asarray(cycada.open_label(tmp_path / "a.tif", some)).tolist() == [[255, 0], [1, 255]]
+    with pytest.raises(common.UserError, match=r"a\.tif: ids \[-1, 70000\]"):
+        cycada.open_label(tmp_path / "a.tif", tiny_args())
+
+
+def test_a_crop_larger_than_the_short_side_squeezes_nothing(tmp_path, monkeypatch):
+    Image.new("RGB", (96, 48)).save(tmp_path / "wide.png")
+    seen, original = [], cycada.resized
+    monkeypatch.setattr(cycada, "resized", lambda images, w, h, size, rng: seen.append(
+        (w, h)) or original(images, w, h, size, rng))
+    pairs = [(tmp_path / "wide.png", None)]
+    cycada.Unpaired(pairs, pairs, tiny_args("--load", "40", "--size", "32"))[0]
+    assert seen == [(64, 32)] * 2                                     # not 40 x 32
+
+
+def test_a_stage_of_other_classes_is_refused(trained, folder, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    line = error_of(capsys, cycada.main, "--data", folder, *TINY, *STEPS, "--stage", "feature",
+                    "--classes", "sky", "car", "road", "--out", tmp_path / "run")
+    assert "task/last.pt: its --classes were ['sky', 'road', 'car']" in line
+
+
 def test_truth_of_the_grid_has_the_labels_own_colours(tmp_path):
     """Label maps are resized by nearest neighbours; between ids 0 and 2 there is no 1."""
     pairs = []
@@ -798,6 +847,9 @@ def test_every_picture_is_translated_once_by_the_newest_generator(trained, folde
         os.utime(pairs[name][0], (Path(weights).stat().st_mtime + age,) * 2)
     cycada.translated_pairs(source, args, process)
     assert [Image.open(pairs[i][0]).size for i in (0, 1)] == [(40, 33), (1, 1)]
+    os.utime(source[1][0], (Path(weights).stat().st_mtime + 20,) * 2)  # another x_s of that name
+    cycada.translated_pairs(source, args, process)
+    assert Image.open(pairs[1][0]).size == (40, 33)
 
 
 def test_target_labels_reach_the_oracle_and_nothing_else(trained, folder, tmp_path):
@@ -910,9 +962,21 @@ def test_translate_by_the_network_of_the_stage(trained, tmp_path):
         assert same.mean() > 0.99                                     # but for ties
 
 
+def test_label_maps_are_made_at_the_pictures_own_size(trained, folder, tmp_path, capsys):
+    flags = ["--translate", folder / "test_img/0.png", "--out", tmp_path, "--weights"]
+    for net in ("task", "pixel"):
+        flags_of = [*flags, trained / net / "last.pt", "--side", 20]
+        if net == "task":
+            assert "--side: task models" in error_of(capsys, cycada.main, *flags_of)
+        else:
+            run(*flags_of)
+            assert Image.open(tmp_path / "0.png").size == (48, 40)
+
+
 def test_evaluate_prints_the_row_of_the_run(trained, folder, capsys):
     for kind in ("img", "label"):
         (folder / f"test_{kind}").rename(folder / f"val_{kind}")
+        shutil.rmtree(folder / f"source_{kind}")                     # not needed to score
     run("--evaluate", "--weights", trained / "task/last.pt", "--data", folder, "--device", "cpu",
         "--split", "val")
     said = capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -702,6 +703,29 @@ def test_what_train_applies(folder, tmp_path, monkeypatch, small_vgg):
         assert [rates[0] for rates in seen[name]] == pytest.approx(expected)
         assert [rates[1] for rates in seen[name]] == pytest.approx(expected)
     assert [s[2] for s in seen["train_step"]] == [t % 5 == 0 for t in range(20)]
+
+
+@pytest.mark.parametrize("flags, size", [
+    ([], (512, 256)), (["--size", "128"], (128, 64)), (["--height", "512"], (512, 512)),
+    (["--task", "faces"], (128, 128)), (["--task", "cityscapes", "--size", "256"], (256, 128))])
+def test_streets_are_half_as_high_as_wide(flags, size):
+    args = egscit.get_args(["--data", "streets", *flags])
+    assert (args.size, args.height) == size and common.TRAINED == min(size)
+
+
+def test_mnist_has_no_val_and_a_name_like_it_is_a_folder(folder, tmp_path):
+    args = egscit.get_args(["--data", "mnist-single", "--split", "val"])
+    with pytest.raises(common.UserError, match="--split val: mnist-single has train and test"):
+        egscit.test_set(args, 4)
+    shutil.copytree(folder, tmp_path / "mnist-photos")
+    assert egscit.data_folder(tiny_args("--data", str(tmp_path / "mnist-photos"))).is_dir()
+
+
+def test_a_D_of_one_place_cannot_be_normalised():
+    for flags in (["--size", "16", "--height", "16"], ["--size", "32", "--d-layers", "5"]):
+        with pytest.raises(common.UserError, match="--d-layers"):
+            tiny_args(*flags)
+        tiny_args(*flags, "--no-d-norm")
 
 
 def test_a_row_without_an_update_of_D_repeats_its_latest_loss(folder, tmp_path, small_vgg):

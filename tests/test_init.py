@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("trained")
     noise_folder(root / "data")
     (root / "data/boxes.json").write_text(json.dumps(
-        {f"{i}.png": [{"box": [4, 6, 24, 30]}] for i in range(4)}))
+        {f"train{side}/{i}.png": [{"box": [4, 6, 24, 30]}] for side in "AB" for i in range(4)}))
     run("--data", root / "data", *TINY, "--steps", 2, "--out", root / "run")
     return root / "run"
 
@@ -407,8 +407,36 @@ def marked(root, size=(80, 50), box=(30, 12, 62, 40), k=1):
         thing[..., 0], thing[:, :9, 2] = 250, 200
         for i in range(k):
             Image.fromarray(picture + np.uint8(i)).save(root / f"train{side}/{i}.png")
-    (root / "boxes.json").write_text(json.dumps({f"{i}.png": [{"box": box}] for i in range(k)}))
+    (root / "boxes.json").write_text(json.dumps(
+        {f"train{side}/{i}.png": [{"box": box}] for side in "AB" for i in range(k)}))
     return common.open_rgb(root / "trainA/0.png")
+
+
+def test_a_name_alone_is_one_pictures_key(tmp_path, capsys):
+    marked(tmp_path)
+    (tmp_path / "boxes.json").write_text(json.dumps({"0.png": [{"box": [30, 12, 62, 40]}]}))
+    line = error_of(capsys, init.main, "--data", tmp_path, *TINY)
+    assert "0.png is" in line and "trainA/0.png and" in line and "trainB/0.png" in line
+
+
+def test_a_box_stays_usable_when_it_is_mirrored(tmp_path):
+    """6 (1208 - 164.4 - (1208 - 184.4)) is 119.99..., 6 (184.4 - 164.4) is 120."""
+    for side in "AB":
+        (tmp_path / f"train{side}").mkdir()
+        Image.new("RGB", (1208, 40)).save(tmp_path / f"train{side}/{side}.png")
+    (tmp_path / "boxes.json").write_text(json.dumps(
+        {f"{side}.png": [{"box": [164.4, 2, 184.4, 32]}] for side in "AB"}))
+    data = init.Scenes(tmp_path, tiny_args("--object-size", "120"))
+    assert {len(data[n]) for n in range(12)} == {6}
+
+
+def test_test_pictures_are_brought_to_the_size_of_training(tmp_path):
+    for side in "AB":
+        (tmp_path / f"test{side}").mkdir()
+        Image.new("RGB", (90, 60)).save(tmp_path / f"test{side}/0.png")
+    for flags, shape in ((("--size", "16"), (36, 56)), (("--size", "48"), (48, 72))):
+        found = init.test_pictures(tmp_path, tiny_args(*flags), CPU)
+        assert found["x"].shape == found["y"].shape == (1, 3, *shape)
 
 
 def test_boxes_follow_mirror_resize_and_crop(tmp_path):

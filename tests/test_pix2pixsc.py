@@ -4,6 +4,7 @@
 import itertools
 import json
 import random
+import shutil
 import types
 from pathlib import Path
 
@@ -788,6 +789,70 @@ def test_matrix_of_maps_and_exemplars(trained, noise_data, tmp_path):
     assert sheet.width == 4 * (4 * 32 + 4) + 4 and sheet.height == 18 + 4 * (4 * 28 + 4) + 4
 
 
+def test_255_and_the_last_label(tmp_path, capsys):
+    """255 takes the last channel, which no other id may have; --unlabelled 255 goes along."""
+    data = write_data(tmp_path / "data")
+    ids = np.full((36, 40), 255, np.uint8)
+    ids[:9] = 2
+    Image.fromarray(ids).save(data / "train_label/a/0.png")
+    line = error_of(capsys, sc.main, "--data", data, *TINY, "--labels", 3)
+    assert "--labels 3: 255 takes the last channel, but id 2 is there, too: --labels 4" in line
+    args = sc.get_args(["--data", str(data), *TINY, "--labels", "4", "--unlabelled", "255"])
+    sc.complete(args, sc.find_frames(data, "train", args))
+    assert args.unlabelled == 3
+
+
+def test_groups_that_name_no_picture(tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    rows = [{"name": f"{c}/{f}.png", "attributes": {"weather": "clear", "timeofday": time}}
+            for c, time in (("a", "night"), ("d", "daytime")) for f in range(4)]
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    args = sc.get_args(["--data", str(data), *TINY, "--groups", str(tmp_path / "some.json")])
+    assert len(sc.find_frames(data, "train", args)) == 8
+    assert "4 of 12 of train_img/ have no group" in capsys.readouterr().out
+    (tmp_path / "some.json").write_text(json.dumps([r | {"name": "0.jpg"} for r in rows]))
+    with pytest.raises(common.UserError, match="names no picture of train_img/"):
+        sc.find_frames(data, "train", args)
+
+
+def test_a_drawing_of_one_channel_can_be_looked_at():
+    args = tiny_args("--label-kind", "picture", "--labels", "1")
+    close([sc.coloured(torch.full((1, 4, 5), 0.75), args)], [torch.full((3, 4, 5), 0.5)])
+
+
+def test_one_style_in_the_test_split_is_said(tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    for clip in ("b_c", "d"):
+        for kind in ("img", "label"):
+            shutil.rmtree(data / f"test_{kind}/{clip}")
+    args = sc.get_args(["--data", str(data), *TINY])
+    assert len(sc.test_pairs(data, args)) == 4 * args.exemplars
+    assert "test has one style only" in capsys.readouterr().out
+
+
+def test_an_exemplar_and_its_map_are_of_one_size(noise_data, trained, tmp_path, capsys):
+    Image.new("L", (40, 30)).save(tmp_path / "low.png")
+    label = noise_data / "test_label/a/0.png"
+    flags = ["--translate", label, "--weights", trained / "last.pt", "--exemplar",
+             noise_data / "test_img/a/0.png", "--exemplar-label"]
+    assert "low.png: 40x30 pixels" in error_of(capsys, sc.main, *flags, tmp_path / "low.png")
+    assert "would be overwritten" in error_of(capsys, sc.main, *flags, noise_data /
+                                              "test_label/a/1.png", "--translate",
+                                              noise_data / "train_label/a/1.png", "--out",
+                                              noise_data / "test_label/a")
+
+
+@pytest.mark.parametrize("kind", ["ids", "picture", "landmarks"])
+def test_own_size_of_label_files(tmp_path, kind):
+    data = write_data(tmp_path / "data", kind)
+    args = tiny_args("--label-kind", kind, "--labels", {"landmarks": "15"}.get(kind, "3"))
+    path = next((data / "test_label/a").iterdir())
+    assert sc.own_size(path, args) == tuple(sc.F(path, args).shape[:0:-1])
+    np.save(tmp_path / "a.npy", np.zeros((3, 20, 31), np.uint8))
+    if kind == "picture":
+        assert sc.own_size(tmp_path / "a.npy", args) == (31, 20)
+
+
 def test_user_errors_are_one_line(data, trained, tmp_path, capsys):
     def fails(*flags):
         return error_of(capsys, sc.main, *flags)
@@ -816,7 +881,7 @@ def test_user_errors_are_one_line(data, trained, tmp_path, capsys):
     assert "overwritten" in fails(*flags, "--out", label.parent)
     assert "--weights" in fails("--translate", label)
     assert "no such file" in fails(*flags, "--translate", tmp_path / "none.png")
-    assert "no label maps" in fails(*flags, "--translate", trained)
+    assert "no pictures in this folder" in fails(*flags, "--translate", trained)
     assert fails(*flags[:-1], data / "test_img/a/0.png").endswith(
         "found RGB pixels; drawings need --label-kind picture")
     torch.save({"model.1.weight": torch.zeros(4, 9, 7, 7)}, tmp_path / "part.pth")

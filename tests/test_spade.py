@@ -726,7 +726,9 @@ def test_translate_is_g_at_the_maps_sizes(folder, trained, tmp_path, capsys):
         assert [Image.open(f).size for f in sorted((out / name).iterdir())] == [(40, 36)] * 3
     args = spade.get_args(["--data", str(folder), "--weights", str(last)])
     nets = spade.load_networks(args, CPU)
-    picture = common.to_tensor(common.open_rgb(folder / "test_img/0.png"))[None]
+    small = common.open_rgb(folder / "test_img/0.png").resize((args.size, args.height),
+                                                              Image.BICUBIC)
+    picture = common.to_tensor(small)[None]
     with torch.no_grad():
         z = nets.E.eval()(picture)[0]                                    # the mean, not a sample
         m, _, _ = (t[None] for t in spade.LabelledPictures(
@@ -741,8 +743,10 @@ def test_translate_is_g_at_the_maps_sizes(folder, trained, tmp_path, capsys):
     Image.new("L", (9, 9), 200).save(tmp_path / "bad.png")
     line = error_of(capsys, spade.main, "--translate", tmp_path / "bad.png", "--weights", last)
     assert "bad.png: label ids [200] out of range" in line
-    assert "would be overwritten" in error_of(capsys, spade.main, "--translate", maps, "--weights",
-                                              last, "--out", maps)
+    img, inst = folder / "test_img", folder / "test_inst"
+    for more, where in (([], maps), (["--exemplar", img / "0.png"], img), (["--inst", inst], inst)):
+        assert "would be overwritten" in error_of(capsys, spade.main, "--translate", maps,
+                                                  "--weights", last, "--out", where, *more)
 
 
 def test_matrix_has_the_paints_of_every_style(folder, trained, tmp_path):

@@ -423,7 +423,7 @@ def test_crop_values_are_bilinear_samples_of_the_window():
 
 
 def test_chance_is_what_a_coin_gets():
-    half, chance = torch.zeros(2, 3), swapae.chance(tiny_args())
+    half, chance = torch.zeros(2, 3), swapae.CHANCE
     coin = float(swapae.non_saturating(half, True))
     assert coin == float(swapae.non_saturating(half, False))
     assert chance.keys() == LOSSES - {"L_rec"}

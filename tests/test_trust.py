@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -52,10 +53,10 @@ def test_pictures_maps_and_sizes_are_seen_upright(tmp_path, turn):
     assert np.array_equal(np.asarray(common.open_rgb(path))[..., 0], upright)
     assert common.opened(path, size_only=True) == upright.shape[::-1]
     other = stored(tmp_path / "b.png", np.zeros(upright.shape, np.uint8))
-    common.check_same_size(path, other)
+    common.open_ids(path, of=other)
     wrong = stored(tmp_path / "c.png", np.zeros(upright.T.shape, np.uint8))
     with pytest.raises(UserError, match=r"c\.png: .x. pixels, but .*a\.png has "):
-        common.check_same_size(path, wrong)
+        common.open_ids(wrong, of=path)
 
 
 def test_jpeg_label_maps_and_second_names_are_refused(tmp_path):
@@ -158,6 +159,88 @@ def test_what_was_transparent_is_so_again(tmp_path, monkeypatch, side):
         assert Image.open(tmp_path / "out" / name).mode == "RGB"
 
 
+def test_palettes_and_key_colours_keep_their_profile(tmp_path):
+    rgb = np.array([[(200, 40, 30), (9, 9, 9)]] * 2, np.uint8)
+    palette = Image.fromarray(rgb).quantize(2)
+    palette.save(tmp_path / "p.png", icc_profile=exchanged_profile())
+    Image.fromarray(rgb).save(tmp_path / "k.png", icc_profile=exchanged_profile(),
+                              transparency=(9, 9, 9))
+    for name, second in (("p.png", (9, 9, 9)), ("k.png", (255, 255, 255))):
+        read = np.asarray(common.open_rgb(tmp_path / name)).astype(int)[0]
+        assert np.abs(read - [(30, 40, 200), second]).max() <= 1, name
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_damaged_exif_spoils_no_pixel(tmp_path, kind):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (4, 3), "red").save(tmp_path / f"a.{kind}", exif=exif.tobytes()[:10])
+    assert common.open_rgb(tmp_path / f"a.{kind}").size == (4, 3)
+    assert common.opened(tmp_path / f"a.{kind}", size_only=True) == (4, 3)
+
+
+def test_a_jpeg_by_another_name_is_no_map(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png", format="JPEG")
+    with pytest.raises(UserError, match="a.png: JPEG changes ids"):
+        common.open_ids(tmp_path / "a.png")
+
+
+def test_what_pillow_only_knows_by_name_is_no_picture(tmp_path):
+    for name in ("a.png", "features.h5", "clip.mpg", "x.ps"):
+        Image.new("L", (8, 8)).save(tmp_path / name, format="PNG")
+    assert [f.name for f in common.list_pictures(tmp_path)] == ["a.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_linked_folders_are_walked(tmp_path):
+    stored_in = tmp_path / "store/clip2"
+    stored_in.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(stored_in / "a.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/clip2").symlink_to(stored_in)
+    (tmp_path / "data/.hidden").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "data/.hidden/b.png")
+    assert common.list_pictures(tmp_path / "data", below=True) == [tmp_path / "data/clip2/a.png"]
+    assert common.has_pictures(tmp_path / "data")
+
+
+def test_grids_of_photographs_have_the_scale_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "TRAINED", 30)
+    for side in "AB":
+        (tmp_path / f"test{side}").mkdir()
+        for i in range(5):
+            Image.new("L", (120, 90), i).save(tmp_path / f"test{side}/{i}.png")
+    args = types.SimpleNamespace(split="test", direction="AtoB", size=16)
+    found = common.test_pictures(tmp_path, args, "cpu", limit=2)
+    assert found["x"].shape == (2, 3, 30, 40)
+    assert ((found["x"][:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 2]  # evenly spaced
+    assert common.test_pictures(tmp_path, args, "cpu", square=True)["y"].shape == (5, 3, 16, 16)
+
+
+def test_nothing_is_written_where_one_would_be_overwritten(tmp_path):
+    for name in ("a.jpg", "b.PNG"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(UserError, match="b.png would be overwritten"):
+        common.translate_files(tmp_path, tmp_path, lambda x: x)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.jpg", "b.PNG"]
+
+
+def test_training_does_not_take_weights_in_silence(tmp_path):
+    with pytest.raises(UserError, match="--weights: read by --translate and --evaluate"):
+        t.tiny_run(tmp_path / "r", 2, weights="a/last.pt")
+
+
+def test_a_name_beyond_the_console(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in/\u5199.png")
+    code = "import common; common.entry(lambda: common.translate_files('in', 'out', lambda x: x))"
+    console = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0",
+                            "PYTHONPATH": os.path.dirname(common.__file__)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env=console)
+    assert done.returncode == 0 and "1 translated" in done.stdout, done.stderr
+
+
 def test_pages_after_the_first_are_counted(tmp_path, capsys):
     pages = [Image.new("RGB", (9, 9), colour) for colour in ("red", "green", "blue")]
     for name in ("a.tif", "b.gif", "c.webp"):
@@ -242,6 +325,14 @@ def test_safetensors_are_named_and_compressed_archives_refused(tmp_path):
         common.load_file(tmp_path / "bomb.pt")
 
 
+@pytest.mark.parametrize("sums", [{"L": 3}, {"L": (1, "x")}, {"L": (1, float("inf"))}])
+def test_damaged_sums_are_named(tmp_path, sums):
+    t.tiny_run(tmp_path / "r", 2)
+    torch.save(t.states(tmp_path / "r") | {"sums": sums}, tmp_path / "r/last.pt")
+    with pytest.raises(UserError, match="last.pt: run does not fit"):
+        t.tiny_run(tmp_path / "r", 4, resume=True)
+
+
 @pytest.mark.parametrize("name, value", [
     ("config", None), ("parts", [1]), ("step", None), ("step", "3"), ("seconds", "1"),
     ("sums", None)])
@@ -307,15 +398,17 @@ def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
         p.add_argument("--layers", type=int, nargs="+", default=[1], help="x")
         p.add_argument("--groups", metavar="FILE", help="x")
         p.add_argument("--mask", metavar="FILE|X,Y|all", help="x")
-        return common.saved_flags(p, config, "w.pt", own)
-    good = {"mode": "b", "layers": [2, 3], "amp": False, "seed": 5, "data": "maps"}
-    assert parsed(**good) == good
+        args = vars(p.parse_args(common.saved_flags(p, config, "w.pt", own)))
+        return {name: value for name, value in args.items() if value != p.get_default(name)}
+    good = {"mode": "b", "layers": [2, 3], "amp": True, "seed": 5, "data": "-maps",
+            "range": [-1.0, 2.0]}
+    assert parsed(**good) == good and parsed(amp=False) == {}
     paths = {"groups": "/etc/x", "mask": "/etc/x"}
     risky = paths | {"workers": 9, "compile": True, "out": "/x", "gone": 1}
     assert parsed(**risky, data="d/e") == {"data": "d/e"}  # only read, and what figures show
     assert parsed(own=True, **risky) == paths
     for wrong in ({"mode": "c"}, {"layers": ["x"]}, {"seed": 0.5}, {"log_every": "x"}):
-        with pytest.raises(UserError, match=f"w.pt: holds --{[*wrong][0].replace('_', '-')} "):
+        with pytest.raises(UserError, match=f"w.pt: its .*--{[*wrong][0].replace('_', '-')}"):
             parsed(**wrong)
 
 
@@ -347,9 +440,17 @@ def test_a_log_that_cannot_be_written_stops_the_run_after_saving(tmp_path):
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "index.html").write_text("mine")
     (tmp_path / "style.css").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are not a run's .style.css"):
+    with pytest.raises(UserError, match="holds files that are not a run's .*style.css"):
         t.tiny_run(tmp_path, 2)
     assert (tmp_path / "index.html").read_text() == "mine"
+    (tmp_path / "style.css").unlink()
+    (tmp_path / "config.json").write_text("mine")  # a site's, by names that a run has too
+    with pytest.raises(UserError, match="not a run's .config.json, index.html"):
+        t.tiny_run(tmp_path, 2)
+    assert (tmp_path / "config.json").read_text() == "mine" and not (tmp_path / "lock").exists()
+    (tmp_path / "tidy").mkdir()
+    (tmp_path / "tidy/.DS_Store").write_text("of a file manager")
+    t.tiny_run(tmp_path / "tidy", 2)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="other locks")
@@ -447,7 +548,7 @@ def test_every_process_gets_back_what_is_its_own(tmp_path):
     assert [row[2] for row in t.log_rows(tmp_path / "run")] == ["1.5"] * 5  # the mean of all
     saved = t.states(tmp_path / "run")
     t.assert_same(saved["others"][0]["net"]["running_mean"], five[1][0]["running_mean"])
-    assert sorted(saved["others"][0]) == ["history", "net"]
+    assert sorted(saved["others"][0]) == ["history", "net", "run"]
     assert "weight" not in saved["others"][0]["net"]  # what is equal is stored once
 
 
