@@ -153,10 +153,11 @@ def get_args(argv=None):
         return SETTINGS[args.setting] | (TOY if args.data == "toy" and not args.weights else {})
 
     args = common.parse_flags(p, argv, "swapae", presets, run_name)
-    least, cells = 7 * 2 ** args.downs, 4 * args.size / 2 ** round(math.log2(args.size))
+    least, levels = 7 * 2 ** args.downs, round(math.log2(args.size))
+    narrowest = 1 / 32, 1 / 64, 2 ** (levels - 15), args.patch / 2 ** 12
     for wrong, message in (
             (args.downs < 1, f"--downs {args.downs}: must be at least 1"),
-            (args.size < least or args.size % 2 ** args.downs or cells % 1,
+            (args.size < least or args.size % 2 ** args.downs or 4 * args.size % 2 ** levels,
              f"--size {args.size}: must be at least {least}, a multiple of {2 ** args.downs}, and "
              "shrink to whole places in D (like 128, 192, 256)"),
             (args.load and args.load < args.size,
@@ -166,9 +167,8 @@ def get_args(argv=None):
              f"--patch {args.patch}: must be a power of two, 8 at least"),
             (not 0 < args.crop[0] <= args.crop[1] <= 1,
              f"--crop {args.crop}: expected two shares of a side, the smaller one first"),
-            (min(args.widths) < 1 / 32, f"--widths {args.widths}: at least 1/32 each"),
-            (args.widths[3] * 2 ** 12 < args.patch,
-             f"--widths: D_patch needs {args.patch / 2 ** 12:g} at --patch {args.patch}"),
+            (any(width < least for width, least in zip(args.widths, narrowest, strict=True)),
+             f"--widths {args.widths}: expected at least {narrowest} for E, G, D and D_patch"),
             (not 0 <= args.ema < 1, f"--ema {args.ema}: must lie between 0 and 1")):
         if wrong:
             raise UserError(message)

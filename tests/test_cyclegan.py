@@ -374,7 +374,7 @@ def test_run_folder(trained):
     rows = (trained / "log.csv").read_text().splitlines()
     assert rows[0] == "step,L_GAN_G,L_GAN_F,L_cyc,L_D_Y,L_D_X,seconds" and len(rows) == 3
     grid = Image.open(trained / "samples/step_000002.png")
-    assert grid.width == 6 * (2 * 48 + 4) + 4  # x G(x) F(G(x)) y F(y) G(F(y)), magnified twice
+    assert grid.width == 6 * (2 * 43 + 4) + 4  # x G(x) F(G(x)) y F(y) G(F(y)): --load 36, twice
 
 
 @pytest.mark.parametrize("flags", [[], ["--lambda-identity", "5"]])

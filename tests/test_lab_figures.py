@@ -114,7 +114,7 @@ def test_cut_similarity(noise, tmp_path, capsys):
     path = tmp_path / "run/similarity.png"
     assert f"wrote {path}" in capsys.readouterr().out
     im = Image.open(path)
-    assert im.width == 6 * (2 * 48 + 4) + 4 and np.asarray(im).std() > 10  # 48 x 40, shown twice
+    assert im.width == 6 * (2 * 43 + 4) + 4 and np.asarray(im).std() > 10  # --load 36, shown twice
     colours = {colour for _, colour in im.getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 0, 255)} <= colours  # the queries
 
