@@ -900,6 +900,21 @@ def test_evaluate_of_networks_that_copy(drawn, monkeypatch, capsys, shows):
     assert other["value"] == pytest.approx(min(other["trivial"].values()))
 
 
+def test_side_holds_for_exemplars_and_masks_too(trained, drawn, tmp_path):
+    for name in ("photo", "mask", "exemplar"):
+        Image.new("RGB", (90, 60), "white").save(tmp_path / f"{name}.png")
+    edit = ["--translate", tmp_path / "photo.png", "--weights", trained / "last.pt", "--side", 32,
+            "--data", drawn, "--out", tmp_path / "out"]
+    seen, original = [], swapae.embed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swapae, "embed", lambda nets, x, args: seen.append(x.shape[2:]) or original(
+            nets, x, args))
+        run(*edit, "--exemplar", tmp_path / "exemplar.png")
+    assert seen == [(32, 48)] * 2
+    run(*edit, "--pca", 1, "--mask", tmp_path / "mask.png")
+    assert Image.open(tmp_path / "out/photo.png").size == (90, 60)
+
+
 def test_user_errors_are_one_line(drawn, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
