@@ -744,8 +744,9 @@ def train(args):
 def begin(stage, args, batch):
     """The Run of a stage, with a folder, a batch and a --resume of its own."""
     last = Path(args.run_folder, stage, "last.pt")
-    own = argparse.Namespace(**vars(args) | {"run_folder": str(last.parent), "batch": batch,
-                                             "resume": args.resume and last.exists()})
+    own = argparse.Namespace(**vars(args) | {
+        "run_folder": str(last.parent), "batch": batch, "weights": None,  # (which gave the flags)
+        "resume": args.resume and last.exists()})
     run = Run("cycada", own, CHANCE | {"L_task": math.log(len(args.classes))})
     run.config["batch"] = args.batch  # as given: any stage's last.pt serves --resume
     if run.rank == 0:
