@@ -917,6 +917,15 @@ def test_resumed_run_is_bit_identical(trained, folder, tmp_path, function, stage
     assert next(scores) == next(scores)
 
 
+def test_a_resumed_run_begins_its_later_stages(trained, folder, tmp_path):
+    (tmp_path / "run/source").mkdir(parents=True)
+    for name in ("last.pt", "result.json"):
+        shutil.copy(trained / "source" / name, tmp_path / "run/source")
+    run("--data", folder, "--resume", "--out", tmp_path / "run", "--device", "cpu", "--stage",
+        "source", "pixel")
+    assert_same(*(parts(r / "pixel/last.pt") for r in (trained, tmp_path / "run")))
+
+
 def test_semantic_labels_are_those_of_stage_source(trained, folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cycada, "train_step", lambda nets, *_: seen.append(nets) or {
