@@ -61,7 +61,7 @@ def test_the_kills_find_what_would_lose_something(tmp_path, fault):
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path / 'copy')!r}, "
          f"{str(FILE.parent)!r}]; import common, kills; kills.main(*sys.argv[1:])", "test_kills",
-         tmp_path / "runs", "40"], text=True, capture_output=True)
+         tmp_path / "runs", "120"], text=True, capture_output=True)
     assert done.returncode == 1 and "test_kills: " in done.stderr, done.stdout
 
 
