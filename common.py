@@ -220,12 +220,14 @@ def opened(path, size_only=False):
     """A picture file as an upright `PIL.Image`, or the (width, height) that it has when upright,
     which needs no decoding; `UserError` with its name if that fails."""
     try:
-        with Image.open(path) as im:
+        with open(path, "rb") as file, Image.open(file) as im:  # by its path a grey TIFF garbles
             turn, kind = None, im.format
-            with contextlib.suppress(Exception):  # damaged EXIF spoils no pixel
-                turn = Image.Image.getexif(im).get(274)  # how it was held; PNG's own decodes
             if kind != "MPO" and getattr(im, "n_frames", 1) > 1:  # MPO: two in a phone's photo
                 remark("pages", f"{path}: the first of {im.n_frames} pages is taken", most=5)
+            if kind == "TIFF":
+                im.load()  # which turns it, so that its tag is gone
+            with contextlib.suppress(Exception):  # damaged EXIF spoils no pixel
+                turn = Image.Image.getexif(im).get(274)  # how it was held; PNG's own decodes
             if size_only:
                 return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
             im.load()
@@ -269,12 +271,12 @@ def open_rgb(path):
 def open_ids(path, hint="", of=None):
     """A map of ids (a palette's are its indices) -> `PIL.Image`, mode L or I. hint: at colours; of:
     the picture whose size, seen upright, it must have."""
-    im, size = opened(path), of and opened(of, size_only=True)
+    im = opened(path)
+    w, h = opened(of, size_only=True) if of else im.size
     expect(im.format not in ("JPEG", "MPO"), f"{path}: JPEG changes ids, save label maps as PNG")
     expect(im.mode in ("P", "L", "1") or im.mode[0] == "I",
            f"{path}: expected a map of ids with one channel, found {im.mode} pixels{hint}")
-    expect(size in (None, im.size), f"{path}: {im.width}x{im.height} pixels, but {of} has "
-                                    f"{size and size[0]}x{size and size[1]}")
+    expect(im.size == (w, h), f"{path}: {im.width}x{im.height} pixels, but {of} has {w}x{h}")
     return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
 
 
@@ -323,7 +325,12 @@ def find_split(root, split, side):
     return list_pictures(found)
 
 
-def test_pictures(root, args, device, limit=None, square=False, fit=tuple):
+def trained_scale(size):
+    """A (width, height), or what training made of it: a phone's photo would fill the memory."""
+    return tuple(max(1, round(n * min(1, TRAINED / min(size)))) for n in size)
+
+
+def test_pictures(root, args, device, limit=None, square=False, fit=trained_scale):
     """{'x': (N, 3, H, W), 'y': ...} of the split --split, on the device; of training pictures, and
     a line says so, where there is no test split. limit: that many, evenly spaced. square: resized
     to --size x --size, as papers evaluate, else to what fit makes of the first one's size."""
@@ -334,9 +341,7 @@ def test_pictures(root, args, device, limit=None, square=False, fit=tuple):
     for name, side in zip("xy", "AB" if args.direction == "AtoB" else "BA", strict=True):
         files = find_split(root, split, side)
         n = min(limit or len(files), len(files))  # neighbours are often video frames
-        size = fit(opened(files[0], size_only=True))
-        shrink = min(1, TRAINED / min(size))  # a phone's photo in a grid would fill the memory
-        size = (args.size, args.size) if square else [max(1, round(k * shrink)) for k in size]
+        size = (args.size, args.size) if square else fit(opened(files[0], size_only=True))
         found[name] = torch.stack([to_tensor(open_rgb(files[i * len(files) // n]).resize(
             size, Image.BICUBIC)) for i in range(n)]).to(device)
     return found
@@ -417,8 +422,10 @@ def write_whole(path, content):
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "wb") as f:
-            f.write(content.encode(errors="surrogateescape")) if isinstance(
-                content, str) else content(f)
+            if isinstance(content, str):
+                f.write(content.encode(errors="surrogateescape"))  # names of any bytes
+            else:
+                content(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(scratch, path)
@@ -591,7 +598,7 @@ def base_parser(doc):
     add("--compile", action=switch, default=False, help="torch.compile the networks")
     add("--channels-last", action=switch, help="NHWC memory (a GPU: yes; CPU: where faster)")
     add("--resume", action=switch, default=False, help="continue the run folder's last.pt")
-    add("--weights", metavar="FILE", help="our last.pt or the authors' released file")
+    add("--weights", metavar="FILE", help="our last.pt or the authors' file, not to train")
     add("--translate", metavar="PATH", help="translate a picture or a folder of them")
     add("--side", type=int, metavar="N", help="translate as if the short side had N pixels")
     add("--evaluate", action=switch, default=False, help="compute the paper's metric")

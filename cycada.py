@@ -505,8 +505,8 @@ def find_pairs(root, split, args, labelled):
     for picture, label in pairs if maps.is_dir() else ():
         if label is None:
             raise UserError(f"{picture}: no label map of that name in {maps}")
-        open_label(label, args)  # a wrong one shall be found now, not after hours
-        (w, h), (a, b) = (common.opened(f, size_only=True) for f in (picture, label))
+        a, b = open_label(label, args).size  # a wrong one shall be found now, not after hours
+        w, h = common.opened(picture, size_only=True)
         if abs(w * b - h * a) > 0.02 * h * a:  # some data sets are a few rows off
             raise UserError(f"{label}: {a}x{b} pixels, but {picture} has {w}x{h}")
     return pairs
@@ -745,7 +745,7 @@ def begin(stage, args, batch):
     """The Run of a stage, with a folder, a batch and a --resume of its own."""
     last = Path(args.run_folder, stage, "last.pt")
     own = argparse.Namespace(**vars(args) | {
-        "run_folder": str(last.parent), "batch": batch, "weights": None,  # (which gave the flags)
+        "run_folder": str(last.parent), "batch": batch, "weights": None,  # they gave the flags
         "resume": args.resume and last.exists()})
     run = Run("cycada", own, CHANCE | {"L_task": math.log(len(args.classes))})
     run.config["batch"] = args.batch  # as given: any stage's last.pt serves --resume

@@ -332,7 +332,7 @@ def find_frames(root, split, args):
     if not frames:
         raise UserError(f"--groups {args.groups}: names no picture of {split}_img/ (like {name})")
     if len(frames) < len(images):
-        print(f"{len(images) - len(frames)} of {len(images)} of {split}_img/ have no group")
+        print(f"{split}_img/: {len(images) - len(frames)} of {len(images)} are of no group")
     return frames
 
 

@@ -439,6 +439,16 @@ def test_test_pictures_are_brought_to_the_size_of_training(tmp_path):
         assert found["x"].shape == found["y"].shape == (1, 3, *shape)
 
 
+def test_coco_is_tested_at_the_pictures_own_size(tmp_path):
+    """As it is trained: crops of pictures that are not reduced."""
+    for side in "AB":
+        (tmp_path / f"test{side}").mkdir()
+        Image.new("RGB", (120, 80)).save(tmp_path / f"test{side}/0.png")
+    args = tiny_args("--setting", "coco")
+    assert common.TRAINED < 80
+    assert init.test_pictures(tmp_path, args, CPU)["x"].shape == (1, 3, 80, 120)
+
+
 def test_boxes_follow_mirror_resize_and_crop(tmp_path):
     """Objects are cut from the file, at its own sharpness; the background hides all of them."""
     im = marked(tmp_path)

@@ -809,7 +809,7 @@ def test_groups_that_name_no_picture(tmp_path, capsys):
     (tmp_path / "some.json").write_text(json.dumps(rows))
     args = sc.get_args(["--data", str(data), *TINY, "--groups", str(tmp_path / "some.json")])
     assert len(sc.find_frames(data, "train", args)) == 8
-    assert "4 of 12 of train_img/ have no group" in capsys.readouterr().out
+    assert "train_img/: 4 of 12 are of no group" in capsys.readouterr().out
     (tmp_path / "some.json").write_text(json.dumps([r | {"name": "0.jpg"} for r in rows]))
     with pytest.raises(common.UserError, match="names no picture of train_img/"):
         sc.find_frames(data, "train", args)

@@ -43,19 +43,20 @@ def stored(path, array, turn=None, **how):
 # ---- pictures -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["png", "tif"])  # Pillow turns the second by itself
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_maps_and_sizes_are_seen_upright(tmp_path, turn):
+def test_pictures_maps_and_sizes_are_seen_upright(tmp_path, turn, kind):
     ids = np.arange(6, dtype=np.uint8).reshape(2, 3)
     upright = {1: ids, 2: ids[:, ::-1], 3: ids[::-1, ::-1], 4: ids[::-1], 5: ids.T,
                6: np.rot90(ids, -1), 7: ids[::-1, ::-1].T, 8: np.rot90(ids)}[turn]
-    path = stored(tmp_path / "a.png", ids, turn)
+    path = stored(tmp_path / f"a.{kind}", ids, turn)
     assert np.array_equal(common.open_ids(path), upright)
     assert np.array_equal(np.asarray(common.open_rgb(path))[..., 0], upright)
     assert common.opened(path, size_only=True) == upright.shape[::-1]
     other = stored(tmp_path / "b.png", np.zeros(upright.shape, np.uint8))
     common.open_ids(path, of=other)
     wrong = stored(tmp_path / "c.png", np.zeros(upright.T.shape, np.uint8))
-    with pytest.raises(UserError, match=r"c\.png: .x. pixels, but .*a\.png has "):
+    with pytest.raises(UserError, match=r"c\.png: .x. pixels, but .*a\..* has "):
         common.open_ids(wrong, of=path)
 
 
