@@ -815,6 +815,15 @@ def test_groups_that_name_no_picture(tmp_path, capsys):
         sc.find_frames(data, "train", args)
 
 
+def test_a_grid_shows_every_group(tmp_path):
+    data = write_data(tmp_path / "data")
+    (tmp_path / "groups.txt").write_text("a dawn\nb_c noon\nd night\n")
+    args = sc.get_args(["--data", str(data), *TINY, "--groups", str(tmp_path / "groups.txt")])
+    assert len(sc.test_pairs(data, args)) == 12 * 3
+    styles = [I.style for _, I in sc.test_pairs(data, args, limit=6)]
+    assert styles == ["dawn", "noon", "night"] * 2
+
+
 def test_a_drawing_of_one_channel_can_be_looked_at():
     args = tiny_args("--label-kind", "picture", "--labels", "1")
     close([sc.coloured(torch.full((1, 4, 5), 0.75), args)], [torch.full((3, 4, 5), 0.5)])

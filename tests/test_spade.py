@@ -718,6 +718,17 @@ def test_two_processes_have_the_same_weights(folder, tmp_path):
 # ---- translate and evaluate ----------------------------------------------------------------------
 
 
+def test_an_exemplar_is_resized_as_training_pictures_are(folder, trained, tmp_path, monkeypatch):
+    seen, original = [], spade.style
+    monkeypatch.setattr(spade, "style", lambda nets, x: seen.append(x) or original(nets, x))
+    photo = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    run("--translate", folder / "test_label/0.png", "--weights", trained / "last.pt", "--exemplar",
+        tmp_path / "photo.png", "--out", tmp_path / "out")
+    small = Image.fromarray(photo).resize((32, 32), Image.BICUBIC)
+    close(seen, [common.to_tensor(small)[None]])
+
+
 def test_translate_is_g_at_the_maps_sizes(folder, trained, tmp_path, capsys):
     last, maps, out = trained / "last.pt", folder / "test_label", tmp_path / "out"
     for name, more in (("z0", []), ("z1", ["--seed", 1]), ("ex", [
