@@ -246,7 +246,8 @@ def open_rgb(path):
     im = opened(path)
     if im.mode[0] in "IF":
         grey = np.asarray(im).astype(np.float64)
-        low, high = np.nanmin(grey), np.nanmax(grey)
+        known = grey[np.isfinite(grey)] if np.isfinite(grey).any() else np.zeros(1)
+        low, high = known.min(), known.max()
         black, white = GREY or (0, 65535 if im.mode[0] == "I" else 255 if high > 1 else 1)
         grey = np.nan_to_num((grey - black) / (white - black) * 255).clip(0, 255).round()
         if len(np.unique(grey)) < 64 or ((grey > 0) & (grey < 255)).mean() < 0.5:
@@ -273,7 +274,9 @@ def open_ids(path, hint="", of=None):
     the picture whose size, seen upright, it must have."""
     im = opened(path)
     w, h = opened(of, size_only=True) if of else im.size
-    expect(im.format not in ("JPEG", "MPO"), f"{path}: JPEG changes ids, save label maps as PNG")
+    lossy = {"JPEG", "MPO", "JPEG2000", "AVIF"} & {
+        im.format, str(im.info.get("compression")).upper()}  # a TIFF's
+    expect(not lossy, f"{path}: {' '.join(lossy)} changes ids, save label maps as PNG")
     expect(im.mode in ("P", "L", "1") or im.mode[0] == "I",
            f"{path}: expected a map of ids with one channel, found {im.mode} pixels{hint}")
     expect(im.size == (w, h), f"{path}: {im.width}x{im.height} pixels, but {of} has {w}x{h}")
@@ -302,9 +305,9 @@ def list_pictures(path, below=False, suffixes=SUFFIXES):
                    if (f := path / name).is_file())  # glob follows links and skips .names
     files = [f for f in every if f.suffix.lower() in suffixes]
     kinds = "PNG, JPEG or what Pillow reads" if len(suffixes) > 9 else ", ".join(suffixes)
-    expect(files, f"{path}: no pictures in this folder ({kinds})")
     if others := Counter(f.suffix or f.name for f in every if f.suffix.lower() not in suffixes):
         remark(path, f"{path}: left out " + ", ".join(f"{n} {s}" for s, n in others.items()))
+    expect(files, f"{path}: no pictures in this folder ({kinds})")
     return files
 
 
@@ -334,11 +337,12 @@ def test_pictures(root, args, device, limit=None, square=False, fit=trained_scal
     """{'x': (N, 3, H, W), 'y': ...} of the split --split, on the device; of training pictures, and
     a line says so, where there is no test split. limit: that many, evenly spaced. square: resized
     to --size x --size, as papers evaluate, else to what fit makes of the first one's size."""
-    split, found = args.split, {}
-    if split == "test" and not Path(root, "testA").is_dir() and not Path(root, "test/A").is_dir():
-        print(f"{root} has no test pictures: these are training pictures")
-        split = "train"
+    found = {}
     for name, side in zip("xy", "AB" if args.direction == "AtoB" else "BA", strict=True):
+        split = args.split
+        if split == "test" and not any(Path(root, f"test{s}{side}").is_dir() for s in ("", "/")):
+            print(f"{root} has no test pictures {side}: these are training pictures")
+            split = "train"
         files = find_split(root, split, side)
         n = min(limit or len(files), len(files))  # neighbours are often video frames
         size = (args.size, args.size) if square else fit(opened(files[0], size_only=True))
@@ -383,6 +387,8 @@ def paint_files(files, out, paint, keep=()):
     `keep`; what cannot be read or painted (`UserError`) is raised when the others are done."""
     out, stems, errors = Path(out), Counter(f.stem.lower() for f in files), []
     targets = [out / f"{f.stem if stems[f.stem.lower()] == 1 else f.name}.png" for f in files]
+    if len({str(target).lower() for target in targets}) < len(files):  # a.jpg, a.png, a.jpg.png
+        targets = [out / f"{f.name}.png" for f in files]
     sources = {str(Path(f).resolve()).lower() for f in (*files, *keep)}  # macOS: a.PNG is a.png
     for target in targets:  # before the first is written
         expect(str(target.resolve()).lower() not in sources,
@@ -453,7 +459,10 @@ def find_data(name, layout, known, draw_toy, root="datasets"):
     """Folder of a data set: 'toy' is drawn by draw_toy(), a folder is used, a name that is known,
     {name: (address of a zip or tar.gz, ...)}, is fetched once; `UserError` with the layout."""
     if name == "toy":
-        return draw_toy()
+        try:
+            return draw_toy()
+        except ValueError as error:  # files that are not ours, where it would draw
+            raise UserError(f"--data toy: {error}") from None
     for folder in (Path(name), Path(root, name)):
         if folder.is_dir() and (name not in known or has_pictures(folder)):
             return folder
@@ -475,7 +484,11 @@ def has_pictures(folder):
 def set_aside(path):
     """Give a file or folder another name, NAME.1 or the first that is free, and say so."""
     names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
-    kept = path.rename(next(name for name in names if not name.exists()))
+    try:
+        kept = path.rename(next(name for name in names if not name.exists()))
+    except OSError as error:  # a mount point
+        raise UserError(f"{path}: cannot be kept under another name ({error}); --resume goes on, "
+                        "or give another --out") from None
     print(f"what was in {path} is kept in {kept}")
 
 
@@ -487,6 +500,9 @@ def download(addresses, folder):
     for address in dict.fromkeys((*secure, *addresses)):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            for left in folder.parent.glob(".download*"):  # of a killed process
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=".download", dir=folder.parent) as scratch:
                 archive, files = Path(scratch, Path(address).name), Path(scratch, "files")
                 known, zipped = SHA256.get(archive.stem), archive.suffix == ".zip"
@@ -545,7 +561,9 @@ def entry(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:  # a data-loader worker wraps it in a traceback: keep the last line
-        message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+        lines = str(error).strip().splitlines()
+        lines = lines[-1:] if "Traceback" in str(error) else lines
+        message = " ".join(lines).removeprefix("common.UserError: ")
         time.sleep(9 * (os.environ.get("RANK", "0") != "0"))  # torchrun: the first one says it
     except BrokenPipeError:  # who read the output is gone, as after `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -566,11 +584,12 @@ def entry(main):
 
 
 COUNTS = """batch steps epochs size side height load ngf ndf tile d_layers patches bank hidden z
-    log_every sample_every objects crops styles style_dim dis_layers dis_scales decay_every pretrain
-    g_updates task_batch task_steps task_load feature_steps""".split()
+    texture structure log_every sample_every objects crops styles style_dim dis_layers
+    dis_scales decay_every pretrain g_updates task_batch task_steps task_load
+    feature_steps""".split()
 LIMITS = dict.fromkeys(COUNTS, (1, 10**8)) | dict.fromkeys(("beta1", "beta2"), (0, 0.9999)) | {
     "seed": (0, 2**63 - 1), "workers": (0, 256), "decay_from": (0, 1), "eta": (0, 1),
-    "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}
+    "downs": (0, 16), "tau": (1e-6, 1e6), "range": (-1e9, 1e9), "alpha": (-1e9, 1e9)}
 
 
 def check_numbers(p, args):
@@ -616,16 +635,28 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
     run_name: args -> 'METHOD-DATA'. channels_last: whether it is faster on the CPU (lab.bench)."""
     argv, words, config = sys.argv[1:] if argv is None else argv, [], {}
     rough = p.parse_known_args(argv)[0]
-    saved = rough.weights
+    saved, folder = rough.weights, Path(rough.out or Path("runs", run_name(rough)))
     if rough.resume and not saved:
-        saved = Path(rough.out or Path("runs", run_name(rough)), "last.pt")
+        saved = folder / "last.pt"
         expect(saved.exists(), f"--resume: no checkpoint at {saved}; start without --resume")
+    expect(not rough.resume or folder.resolve() in Path(saved).resolve().parents,
+           "--weights: --resume goes on from the run folder's own last.pt")
     if saved:
         config = load_checkpoint(saved, method, foreign=True).get("config", {})
         words = saved_flags(p, config, saved, own=rough.resume)
-    p.set_defaults(**presets(p.parse_known_args([*words, *argv])[0]))  # those of the saved --data
+    preset = presets(p.parse_known_args([*words, *argv])[0])  # that of the saved --data
+    preset = {name: value for name, value in preset.items() if value != p.get_default(name)}
+    p.set_defaults(**preset)
     args = p.parse_args([*words, *argv])
+    flags = {word.partition("=")[0] for word in argv}
+    if "--epochs" in flags and "--steps" not in flags:
+        args.steps = None  # the toy preset's, or the checkpoint's
     check_numbers(p, args)
+    trains = args.resume or not (args.translate or args.evaluate or args.weights)
+    if preset and trains and os.environ.get("RANK", "0") == "0":
+        toy = " for toy data, not the paper's" * (args.data.split("-")[0] == "toy")
+        print(f"settings{toy}: "
+              + ", ".join(f"{name} {getattr(args, name)}" for name in preset))
     low, high = args.range or (0, 1)
     expect(low < high, f"--range {low:g} {high:g}: a smaller and a larger value")
     trained = max(np.max(vars(args).get(name) or 0) for name in ("size", "load", "scale"))
@@ -647,6 +678,9 @@ def saved_flags(p, config, source, own):
         if action.dest in fixed or value is None or (
                 re.match("FILE|PATH|FOLDER|DIR", str(action.metavar)) and not own):
             continue
+        items = value if isinstance(value, (list, tuple)) else ()
+        expect(not any(isinstance(item, str) and item[:1] == "-" for item in items),
+               f"{source}: its flags: {flag[0]} {value}"[:200])
         words += ([flag[-(value is False)]] if isinstance(value, bool) else
                   [flag[0], *map(str, value)] if isinstance(value, (list, tuple)) else
                   [f"{flag[0]}={value}"])
@@ -668,14 +702,15 @@ def load_file(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a broken file can raise anything
-        hint = "; convert safetensors with torch.save" if Path(path).suffix != ".pt" else ""
+        hint = "; convert it with torch.save" if Path(path).suffix == ".safetensors" else ""
         raise UserError(f"{path}: truncated, or not a file that can be loaded safely "
                         f"({type(error).__name__}{hint})") from None
     expect(not bomb, f"{path}: a compressed archive, not a file that torch.save wrote")
     if isinstance(state, dict):  # as training frameworks, DataParallel and torch.compile wrap it
         inner = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
-        return {re.sub(r"^(module\.|_orig_mod\.)+", "", key) if isinstance(key, str) else key: value
-                for key, value in inner.items()}
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key) if isinstance(key, str) else key: v
+                 for key, v in inner.items()}
+        expect("method" in state or finite(state), f"{path}: holds numbers that are not finite")
     return state
 
 
@@ -686,18 +721,21 @@ def load_checkpoint(path, method, foreign=False):
     if not isinstance(state, dict) or "method" not in state:
         expect(foreign, f"{path}: not a checkpoint of {method}.py")
         return {}
-    writer, fields = state["method"], {"config": dict, "parts": dict, "step": int, "seconds": float}
+    writer = state["method"]
     expect(writer == method, f"{path}: written by {writer}.py, not by {method}.py")
-    for name, kind in (fields | {"sums": dict}).items():
+    for name, kind in {"config": dict, "parts": dict, "step": int, "seconds": float,
+                       "sums": dict}.items():
         expect(isinstance(state.get(name), kind),
                f"{path}: damaged, its {name!r} is no {kind.__name__}")
     return state
 
 
 def finite(state):
-    """Whether all numbers of a module's state dict are finite; a history buffer's are in lists."""
-    return all(t.isfinite().all() for t in state.values()
-               if torch.is_tensor(t) and t.is_floating_point())
+    """Whether all numbers of a state dict are finite, however deep they lie."""
+    if torch.is_tensor(state):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state
+    return not isinstance(state, (dict, list, tuple)) or all(map(finite, inner))
 
 
 def load_parts(parts, states, path, others=(), rank=0):
@@ -710,13 +748,14 @@ def load_parts(parts, states, path, others=(), rank=0):
                 groups = zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)
                 state = {"state": state["state"],
                          "param_groups": [mine | {"params": its["params"]} for mine, its in groups]}
-            elif not finite(state):
-                raise ValueError("weights that are not finite")
+            expect(finite(state), f"{path}: {name} holds numbers that are not finite")
             part.load_state_dict(state)
-            averages = getattr(part, "state", {}).items()  # of an optimiser; torch does not look
-            for p, key, t in ((p, *pair) for p, state in averages for pair in state.items()):
-                if t.shape != (() if key == "step" else p.shape):  # Adam would read past their end
-                    raise ValueError(f"{key} has the shape {tuple(t.shape)}")
+            for p, held in getattr(part, "state", {}).items():  # of an optimiser
+                for key, t in held.items():
+                    if t.shape != (() if key == "step" else p.shape):  # torch does not look
+                        raise ValueError(f"{key} has the shape {tuple(t.shape)}")
+                    if key != "step":  # WHY: fused Adam reads raw memory, in the order of p's
+                        held[key] = torch.empty_like(p).copy_(t)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
@@ -819,17 +858,21 @@ class Run:
                        f"not a run's ({', '.join(sorted(others))[:60]})")
                 self.lock = locked(self.folder)
                 if last.exists() and not self.args.resume:
+                    if os.name == "nt":  # renames no folder with an open file
+                        self.lock.close()
                     set_aside(self.folder)  # its lock moves along and is held until the next is
                     self.folder.mkdir()
                     self.lock = locked(self.folder)
-                for half in self.folder.rglob("*.tmp"):  # of a process that was killed
-                    half.unlink()
+                for half in (*(self.folder / f"{name}.tmp" for name in OWN_FILES),
+                             *self.folder.glob("samples/step_*.png.tmp")):  # of a killed process
+                    half.unlink(missing_ok=True)
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
                 if (log := self.folder / "log.csv").exists():  # drop what the checkpoint lacks
                     rows = log.read_text(encoding="utf-8").splitlines(True)
                     self.head = rows[0].strip() if rows else ""
-                    write_whole(log, "".join(row for i, row in enumerate(rows) if row[-1] == "\n"
-                                             and (i == 0 or int(row.split(",")[0]) <= self.step)))
+                    write_whole(log, "".join(rows[:1] + [
+                        row for row in rows[1:] if row[-1] == "\n"
+                        and (n := re.match(r"\d+(?=,)", row)) and int(n[0]) <= self.step]))
             except (OSError, ValueError) as error:  # ValueError: '.' cannot be renamed
                 raise UserError(f"--out {self.folder}: cannot write there ({error})") from None
         if self.world > 1:
@@ -986,7 +1029,7 @@ class Run:
             log, head = self.folder / "log.csv", ",".join(["step", *means, "seconds"])
             values = [f"{value:.6g}" for value in means.values()]
             try:
-                if self.head not in ("", head):  # --resume with a loss more or less
+                if self.head not in ("", head):  # --resume with another loss
                     set_aside(log)
                 self.head = head
                 with open(log, "a", encoding="utf-8") as f:

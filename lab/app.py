@@ -87,6 +87,7 @@ def opened(path):
         raise UserError(f"{path}: no such file any more" if path else "choose a network first")
     with LOCK, QUIET:
         script, args, chance = parsed(path, os.stat(path).st_mtime_ns)
+        common.GREY = args.range  # parsing sets it, once
     return script, copy.copy(args), chance
 
 
@@ -170,8 +171,9 @@ def palette(path):
         raise UserError(f"{path}: --label-kind {args.label_kind} is for --translate alone")
     with remembered(script, args) as load:
         load(args, common.pick_device(args.device))  # the authors' files tell --labels
-    listed = Path(args.data, "classes.txt")
-    names = (listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    listed = next((f for root in (".", "datasets") if (f := Path(root, args.data, "classes.txt"))
+                   .is_file()), None)
+    names = (listed.read_text("utf-8-sig", "replace").split("\n") if listed else []
              if args.data != "toy" else [*toy.SCENE_CLASSES] if script.__name__ == "spade"
              else [*toy.LABELS, "bars"])
     names = {i: name for i, name in enumerate(names) if name and i < args.labels}

@@ -54,7 +54,7 @@ def curves(log):
             for name in list(row)[1:-1]:  # all but step and seconds
                 try:
                     point = int(row["step"]), float(row[name])
-                except (TypeError, ValueError):
+                except (KeyError, TypeError, ValueError):
                     continue
                 if math.isfinite(point[1]):
                     found.setdefault(name, []).append(point)

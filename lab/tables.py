@@ -149,7 +149,7 @@ TABLES = {
                  "detail correlation")]),
     "segin.tab2": Table(
         "segin", "Tab. II: what is left out; Fig. 10: other matchers (paper: edges -> shoes)",
-        score="parts right", flags=["--steps", "400"],
+        score="parts right", flags=["--steps", "300"],
         rows=[Row("w/o GAN", "no_gan", paper={"FID": 55.618, "LPIPS (gt)": 0.112}),
               Row("w/o L_recon", "no_recon", paper={"FID": 59.162, "LPIPS (gt)": 0.121}),
               Row("w/o L_F", "no_F", paper={"FID": 76.554, "LPIPS (gt)": 0.147}),
@@ -291,11 +291,11 @@ class Series:
         known = log.exists() and log.read_text(errors="replace").startswith(key)
         if not known:  # what is there is of other code or flags: not to be continued
             out.mkdir(parents=True, exist_ok=True)
-            for stale in ("last.pt", "result.json"):
-                (out / stale).unlink(missing_ok=True)
+            for stale in [*out.rglob("last.pt"), *out.rglob("result.json")]:
+                stale.unlink()
             log.write_text(key)
         given = [*row.flags, *self.device, "--seed", str(seed), "--out", str(out)]
-        given += ["--resume"] if known and (out / "last.pt").exists() else []
+        given += ["--resume"] if known and any(out.rglob("last.pt")) else []
         with tempfile.TemporaryDirectory() as folder, open(log, "ab") as output:
             child = variants.start(
                 self.table.script, row.variant, given, folder, self.shared,

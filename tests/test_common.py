@@ -413,7 +413,10 @@ def test_the_split_that_is_shown_and_scored(tmp_path, capsys):
     for folder in ("testA", "testB"):
         (tmp_path / folder).rename(tmp_path / f"no-{folder}")
     assert bytes_of()["x"][0][0] == 1
-    assert "these are training pictures" in capsys.readouterr().out
+    assert "pictures A: these are training pictures" in capsys.readouterr().out
+    (tmp_path / "no-testA").rename(tmp_path / "testA")  # one side is better than none
+    assert (bytes_of()["x"][0][0], bytes_of()["y"][0][0]) == (7, 1)
+    assert "pictures A" not in (said := capsys.readouterr().out) and "pictures B: these are" in said
     with pytest.raises(UserError, match="found neither"):
         bytes_of(split="dev")
 

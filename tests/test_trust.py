@@ -3,6 +3,8 @@
 Kinds of mistakes that users of image-to-image repositories meet; each is mended once, in common.py.
 """
 
+import copy
+import functools
 import importlib
 import os
 import signal
@@ -38,6 +40,22 @@ def stored(path, array, turn=None, **how):
         exif[274] = turn
     Image.fromarray(array).save(path, exif=exif, **how)
     return path
+
+
+@pytest.mark.parametrize("script, flags, said", [
+    ("cyclegan", "--data a/monet2photo", "settings: blocks 9, load 286, lambda_identity 5.0"),
+    ("egscit", "--data photos", "batch 3, lambda_c 100.0"),
+    ("spade", "--data cityscapes --labels 20", "labels 20, edges True"),
+    ("cut", "", "settings for toy data, not the paper's: load 64, "),
+    ("swapae", "--data pictures", None), ("cut", "--translate a.png", None)])
+def test_settings_that_a_name_brings_along_are_said_once(script, flags, said, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    module.get_args(flags.split())
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count("\n") == 1 if said else not printed
+    monkeypatch.setenv("RANK", "1")  # torchrun's other processes
+    module.get_args(flags.split())
+    assert not capsys.readouterr().out
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -180,6 +198,39 @@ def test_damaged_exif_spoils_no_pixel(tmp_path, kind):
     assert common.opened(tmp_path / f"a.{kind}", size_only=True) == (4, 3)
 
 
+@pytest.mark.parametrize("name, how", [("a.jp2", {"quality_layers": [40]}), ("a.avif", {}), (
+    "a.tif", {"compression": "jpeg"})])
+def test_maps_in_other_lossy_formats_are_refused(tmp_path, name, how):
+    try:
+        Image.new("L", (64, 64)).save(tmp_path / name, **how)
+    except (KeyError, OSError) as error:
+        pytest.skip(f"this Pillow does not write {name}: {error}")
+    with pytest.raises(UserError, match=f"{name}: (JPEG|JPEG2000|AVIF) changes ids"):
+        common.open_ids(tmp_path / name)
+    Image.new("L", (64, 64)).save(tmp_path / "b.tif", compression="tiff_lzw")
+    assert np.asarray(common.open_ids(tmp_path / "b.tif")).max() == 0
+
+
+def test_a_folder_of_pictures_that_cannot_be_read_says_what_is_there(tmp_path, capsys):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
+    with pytest.raises(UserError, match="no pictures in this folder"):
+        common.list_pictures(tmp_path, suffixes={".png"})
+    assert "left out 1 .HEIC" in capsys.readouterr().err
+
+
+def test_pictures_never_share_an_output(tmp_path):
+    for name in ("1.jpg", "1.png", "1.jpg.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    common.translate_files(tmp_path, tmp_path / "out", lambda x: x)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "1.jpg.png", "1.jpg.png.png", "1.png.png"]
+
+
+def test_floats_that_are_not_finite_do_not_set_the_range(tmp_path):
+    Image.fromarray(np.float32([[0, np.inf], [-np.inf, 1]])).save(tmp_path / "a.tif")
+    assert np.asarray(common.open_rgb(tmp_path / "a.tif"))[..., 0].tolist() == [[0, 255], [0, 255]]
+
+
 def test_a_jpeg_by_another_name_is_no_map(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png", format="JPEG")
     with pytest.raises(UserError, match="a.png: JPEG changes ids"):
@@ -318,7 +369,7 @@ def test_weights_as_others_wrap_them(tmp_path, wrap):
 
 def test_safetensors_are_named_and_compressed_archives_refused(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    with pytest.raises(UserError, match="w.safetensors: .*convert safetensors"):
+    with pytest.raises(UserError, match="w.safetensors: .*convert it with torch.save"):
         common.load_file(tmp_path / "w.safetensors")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("archive/data/0", bytes(9_000_000))
@@ -369,6 +420,34 @@ def test_states_that_would_corrupt_memory_are_refused(change):
         common.load_parts({"opt": opt}, {"opt": state}, "x.pt")
 
 
+@pytest.mark.parametrize("of_file, ours", [
+    (torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
+def test_adam_goes_on_in_another_memory_layout_and_reads_no_foreign_memory(of_file, ours):
+    """As from a GPU (NHWC) to a CPU: fused Adam walks the memory in the order of the weights'."""
+    def begun(layout):
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        return net, torch.optim.Adam(net.parameters(), 0.1, fused=True)
+
+    def steps(net, opt, n):
+        for i in range(n):
+            torch.manual_seed(i)
+            opt.zero_grad()
+            net(torch.randn(2, 3, 5, 5)).square().sum().backward()
+            opt.step()
+        return net.weight.detach().clone()
+
+    (net, opt), (other, opt_other) = begun(of_file), begun(ours)
+    steps(net, opt, 3)
+    state, shrunk = (copy.deepcopy({"net": net.state_dict(), "opt": opt.state_dict()})
+                     for _ in range(2))
+    common.load_parts({"net": other, "opt": opt_other}, state, "x.pt")
+    assert torch.allclose(steps(other, opt_other, 3), steps(net, opt, 3), atol=1e-5)
+    shrunk["opt"]["state"][0]["exp_avg"] = torch.zeros(1, 1, 1, 1).expand(4, 3, 3, 3)  # 4 bytes
+    common.load_parts({"net": other, "opt": opt_other}, shrunk, "x.pt")
+    assert opt_other.state[other.weight]["exp_avg"].untyped_storage().nbytes() == 4 * 108
+
+
 def test_a_file_does_not_choose_the_rates():
     opt, state = spoilt(lambda s: s["param_groups"][0].update(lr=1e9, fused=None))
     common.load_parts({"opt": opt}, {"opt": state}, "x.pt")
@@ -379,8 +458,17 @@ def test_weights_that_are_not_finite_are_refused():
     net = nn.Linear(2, 3)
     state = {key: value.clone() for key, value in net.state_dict().items()}
     state["bias"][1] = torch.nan
-    with pytest.raises(UserError, match="x.pt: G does not fit .*not finite"):
+    with pytest.raises(UserError, match="x.pt: G holds numbers that are not finite"):
         common.load_parts({"G": net}, {"G": state}, "x.pt")
+    opt, state = spoilt(lambda s: s["state"][0]["exp_avg"].fill_(torch.nan))
+    with pytest.raises(UserError, match="x.pt: opt holds numbers that are not finite"):
+        common.load_parts({"opt": opt}, {"opt": state}, "x.pt")
+
+
+def test_weights_of_others_that_are_not_finite_are_refused(tmp_path):
+    torch.save({"model.1.weight": torch.tensor([1.0, torch.inf])}, tmp_path / "G.pth")
+    with pytest.raises(UserError, match="G.pth: holds numbers that are not finite"):
+        common.load_file(tmp_path / "G.pth")
 
 
 def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
@@ -390,6 +478,12 @@ def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
     with pytest.raises(UserError, match="G is not finite at step 10: lower --lr"):
         t.tiny_run(tmp_path / "r", 10, each=spoil)
     assert t.states(tmp_path / "r")["step"] == 8
+
+    def freeze(run):  # finite weights that would never move again
+        if run.step == 9:
+            run.parts["opt_G"].state[run.parts["G"].weight]["exp_avg_sq"].fill_(torch.inf)
+    with pytest.raises(UserError, match="opt_G is not finite at step 10"):
+        t.tiny_run(tmp_path / "s", 10, each=freeze)
 
 
 def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
@@ -408,7 +502,8 @@ def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
     risky = paths | {"workers": 9, "compile": True, "out": "/x", "gone": 1}
     assert parsed(**risky, data="d/e") == {"data": "d/e"}  # only read, and what figures show
     assert parsed(own=True, **risky) == paths
-    for wrong in ({"mode": "c"}, {"layers": ["x"]}, {"seed": 0.5}, {"log_every": "x"}):
+    for wrong in ({"layers": [1, "--out=/x"]}, {"layers": [1, "-h"]}, {"mode": "c"},
+                  {"layers": ["x"]}, {"seed": 0.5}, {"log_every": "x"}):
         with pytest.raises(UserError, match=f"w.pt: its .*--{[*wrong][0].replace('_', '-')}"):
             parsed(**wrong)
 
@@ -427,6 +522,39 @@ def test_a_full_disk_is_said_in_one_line_and_keeps_the_old_checkpoint(tmp_path, 
         t.tiny_run(tmp_path / "r", 8, resume=True)
     monkeypatch.undo()
     assert t.states(tmp_path / "r")["step"] == 4 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_log_that_somebody_has_edited_is_no_obstacle(tmp_path):
+    t.tiny_run(tmp_path / "r", 10)
+    log = tmp_path / "r/log.csv"
+    log.write_text(log.read_text() + "\n# lower --lr here\n4.0,1,1,1\n12;3;4\n")
+    t.tiny_run(tmp_path / "r", 20, resume=True)
+    assert [row[0] for row in t.log_rows(tmp_path / "r")] == ["5", "10", "15", "20"]
+
+
+def test_resume_takes_no_other_runs_flags_and_no_file_of_yours(tmp_path):
+    t.tiny_run(tmp_path / "r", 4)
+    (tmp_path / "r/notes.tmp").write_text("mine")
+    (tmp_path / "r/samples/step_000004.png.tmp").write_text("half")
+    t.tiny_run(tmp_path / "r", 6, resume=True)
+    assert [f.name for f in tmp_path.rglob("*.tmp")] == ["notes.tmp"]
+    (tmp_path / "o.pt").write_bytes((tmp_path / "r/last.pt").read_bytes())
+    given = ["--resume", "--out", str(tmp_path / "r"), "--weights"]
+    parse = functools.partial(common.parse_flags, common.base_parser("x"), method="tiny",
+                              presets=lambda args: {}, run_name=lambda args: "x")
+    assert parse([*given, str(tmp_path / "r/last.pt")]).resume
+    with pytest.raises(UserError, match="--weights: --resume goes on from the run folder's own"):
+        parse([*given, str(tmp_path / "o.pt")])
+
+
+def test_a_folder_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
+    t.tiny_run(tmp_path / "r", 4)
+
+    def busy(*_):
+        raise OSError(16, "Device or resource busy")
+    monkeypatch.setattr(common.Path, "rename", busy)
+    with pytest.raises(UserError, match="r: cannot be kept under another name .*busy.*--resume"):
+        t.tiny_run(tmp_path / "r", 4)
 
 
 def test_a_log_that_cannot_be_written_stops_the_run_after_saving(tmp_path):
