@@ -37,7 +37,7 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Eq. (3.15) is solved in stages (Sec. 3.4.3): source makes f_S, pixel makes G and D,
              task translates every x_s once and makes f_T of that, oracle makes f_T of the target
              and its labels, both from f_S's start, not from f_S; feature goes on with task's f_T,
-             until D_feat has learnt nothing for |X_S| steps (code). Last weights count.
+             until f_T has learnt nothing for |X_S| steps (code). Last weights count.
              Eq. (3.13) was "left as an idea" and is off: --lambda-sem. Both of its terms harm
              where f_S errs on x_t: one asks G_TS for pictures in which f_S reads the same errors,
              the other forbids G_ST to paint what f_S cannot read, which is what x_t looks like.
@@ -55,10 +55,10 @@ USAGE        python cycada.py                                     # toy world, t
              python cycada.py --data gta2cityscapes --stage feature   # or any other one, in turn
              python cycada.py --translate photo.jpg --weights runs/cycada-toy/pixel/last.pt
              python cycada.py --translate photo.jpg --weights runs/cycada-toy/task/last.pt  # labels
-EXPECT       python cycada.py: 11 minutes of a slow core (seeds 0 to 2, 60 test pictures): mIoU 27
-             to 29 (source only), 58 to 60 (CyCADA), 78 (oracle; one change of colours 49), pixel
-             accuracy 55 to 59, 89, 96 (a constant answer 34); trunks and grass stay bad. D_T is
-             near its chance (0.23), D_S wins (0.14).
+EXPECT       python cycada.py: 11 minutes of a slow core (seeds 0 to 2, 60 test pictures): mIoU 26
+             to 29 (source only), 58 to 60 (CyCADA), 77 to 78 (oracle; one change of colours 49),
+             pixel accuracy 55 to 59, 89, 96 (a constant answer 34); trunks and grass stay bad. D_T
+             is near its chance (0.23), D_S wins (0.14).
 """
 
 import argparse
@@ -86,9 +86,7 @@ LAYOUT = ("source_img/ source_label/ target_img/ and, for the scores, test_img/ 
           "for the oracle, target_label/; label maps are one-channel pictures named like theirs")
 KNOWN = {}  # GTA5 comes in twenty archives, Cityscapes after registration
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 STAGES = {  # Sec. 3.4.3, in order, and the row that each gives (feature: the ICML paper's)
     "source": "source only", "pixel": "", "task": "CyCADA", "feature": "CyCADA + feature",
@@ -133,7 +131,7 @@ def get_args(argv=None):
     add("--ndf", type=int, default=64, help="width of D_S and D_T (code)")
     add("--blocks", type=int, default=9, help="residual blocks of G_ST and G_TS (Sec. 3.2.4)")
     add("--d-layers", type=int, default=3, help="D sees 70 pixels with 3 layers, 34 with 2 (code)")
-    add("--antialias-G", action=switch, default=False, help="blur before down- and upsampling in G")
+    add("--antialias-G", action=switch, default=False, help="blur when down- and upsampling in G")
     add("--antialias-D", action=switch, default=False, help="blur before downsampling in D")
     # ---- the task models of stages source, task and oracle
     add("--task-model", choices=list(TASK_MODELS), default="fcn8s",
@@ -162,7 +160,7 @@ def get_args(argv=None):
     folder = Path(rough.out or Path("runs", run_name(rough)))
     begun = [f for stage in STAGES if (f := folder / stage / "last.pt").exists()]
     if rough.resume and begun and not rough.weights:  # the flags are in every stage's last.pt
-        argv = [*argv, "--weights", str(begun[-1])]
+        argv = [*argv, "--weights", str(max(begun, key=lambda f: f.stat().st_mtime))]
     args = common.parse_flags(p, argv, "cycada", lambda a: TOY if a.data == "toy" else {}, run_name)
     args.classes = CLASSES.get(" ".join(args.classes), args.classes)
     if args.size < 32 or args.size % 4:
@@ -197,9 +195,7 @@ def run_name(args):
     return f"cycada-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 
 class ResnetBlock(nn.Module):  # same as cyclegan.py: ResnetBlock
@@ -426,9 +422,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 POOL = 50  # generated pictures kept for D (Sec. 3.2.4)
 CHANCE = {"L_GAN_ST": 0.25, "L_GAN_TS": 0.25, "L_D_S": 0.25, "L_D_T": 0.25,  # D = 1/2 everywhere
@@ -472,6 +466,8 @@ class HistoryBuffer:  # same as cyclegan.py: HistoryBuffer
     def exchange(self, fakes, rng):
         """Fakes (B, 3, H, W) -> what D shall see, same shape: half of them older ones, if full."""
         shown = []
+        if self.pictures and self.pictures[0].shape != fakes.shape[1:]:
+            self.pictures = []  # --resume with another --size
         for fake in full(fakes.detach()):
             if len(self.pictures) < self.size:
                 self.pictures.append(fake.clone())
@@ -488,9 +484,7 @@ class HistoryBuffer:  # same as cyclegan.py: HistoryBuffer
         self.pictures = [picture.to(self.device) for picture in state["pictures"]]
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 def find_pairs(root, split, args, labelled):
@@ -617,9 +611,7 @@ def data_folder(args):
     return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, x_s, x_t, args, rng):
@@ -718,35 +710,47 @@ def feature_step(nets, x_st, y_s, x_t, args):
     return losses | task_step(f_T, nets.opt_f, x_st, y_s, args)
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
     """The stages one after another, each an ordinary run in a folder of its own; then the table."""
-    data = load_data(args)
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY if k != "classes")
-        print(f"toy preset instead of the paper's settings: {preset}")
-    elif args.task_weights == "random":
+    args.weights = None if args.resume else args.weights  # they gave the flags
+    run, data = Run("cycada", args), load_data(args)
+    if args.data != "toy" and args.task_weights == "random":
         print("--task-weights random: without ImageNet's weights, task models stay far weaker")
-    for stage in (stage for stage in STAGES if stage in args.stage):
+    stages = [stage for stage in STAGES if stage in args.stage]
+    chain = ["source"] * (args.lambda_sem > 0) + ["pixel", "task", "feature"]  # each reads the last
+    if not args.resume:
+        set_aside(stages, run)
+    for stage in stages:
         learn = {"pixel": train_pixel, "feature": train_feature}.get(stage, train_task)
         total = {"pixel": args.steps, "feature": args.feature_steps}.get(stage, args.task_steps)
         if stage == "oracle" and data["target"][0][1] is None:
             print("no label maps of the target's training pictures: no oracle")
         elif not args.resume or result_of(stage, args)["steps"] < total:
+            set_aside(chain[chain.index(stage) + 1:] if stage in chain else [], run)  # outdated
             learn(stage, data, args)
-    report(args)
+    report(run, args)
+
+
+def set_aside(stages, run):
+    """Give what these stages have learnt other names before a --resume can take it for done: all
+    of it or, where another run is writing, nothing (`UserError`)."""
+    if run.rank == 0:  # the others wait in `begin`
+        folders = [run.folder / stage for stage in stages]
+        folders = [folder for folder in folders if (folder / "last.pt").exists()]
+        for folder in folders:
+            common.locked(folder).close()
+        for folder in folders:
+            common.set_aside(folder)
 
 
 def begin(stage, args, batch):
     """The Run of a stage, with a folder, a batch and a --resume of its own."""
     last = Path(args.run_folder, stage, "last.pt")
     own = argparse.Namespace(**vars(args) | {
-        "run_folder": str(last.parent), "batch": batch, "weights": None,  # they gave the flags
-        "resume": args.resume and last.exists()})
+        "run_folder": str(last.parent), "batch": batch, "resume": args.resume and last.exists()})
     run = Run("cycada", own, CHANCE | {"L_task": math.log(len(args.classes))})
     run.config["batch"] = args.batch  # as given: any stage's last.pt serves --resume
     if run.rank == 0:
@@ -824,7 +828,8 @@ def train_feature(stage, data, args):
     samples = Labelled(pairs, args, [picture for picture, _ in data["target"]])
     for step, (x_st, y_s, x_t) in run.steps(samples, args.feature_steps):
         if step - int(D_feat.last_update) >= len(samples):            # CHOICE (code)
-            print(f"stopped at step {step}: D_feat cannot tell the domains apart")
+            print(f"stopped at step {step}: f_T has learnt nothing for {len(samples)} steps, as "
+                  "D_feat cannot tell the domains apart")
             break
         if step % args.sample_every == 0:
             run.save_samples(label_columns({"f_T": f_T}, data, args, run.device))
@@ -836,7 +841,7 @@ def train_feature(stage, data, args):
 @torch.no_grad()
 def translated_pairs(source, args, run):
     """(G_ST(X_S), Y_S) of Eq. (3.14): every x_s as translated/NAME.png, made once and made anew if
-    G_ST or x_s is newer, with its old label map."""
+    G_ST or x_s is newer or it is not --load wide, with its old label map."""
     folder, weights = Path(args.run_folder, "translated"), Path(args.run_folder, "pixel/last.pt")
     G_ST = network(weights, "G_ST", args, run.device)
     pairs = [(folder / f"{picture.stem}.png", label) for picture, label in source]
@@ -844,16 +849,15 @@ def translated_pairs(source, args, run):
     for n in range(run.rank, len(source), run.world):
         target = pairs[n][0]
         newest = max(f.stat().st_mtime for f in (weights, source[n][0]))
-        if not target.exists() or target.stat().st_mtime < newest:
+        if (not target.exists() or target.stat().st_mtime < newest
+                or common.opened(target, size_only=True)[0] != args.load):
             x_s = opened(source[n][0], args.load).to(run.device)      # (1, 3, H, W)
             x_st = common.to_pil(translate(G_ST, x_s, args)[0])
             common.write_whole(target, functools.partial(x_st.save, format="PNG"))
     return pairs
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -908,7 +912,7 @@ def colours(y, N):
 def label_columns(nets, data, args, device):
     """Columns of a sample grid: x_t, label maps by each of the nets, and the truth, which is for
     the eye alone."""
-    (pairs, x), N = shown(data["test"] or data["target"]), len(args.classes)
+    (pairs, x), N = shown(data["test"] or data["target"], args.load), len(args.classes)
     columns = {"x_t": x} | {name: colours(segment(f, x.to(device), args), N)
                             for name, f in nets.items()}
     if pairs[0][1]:
@@ -951,12 +955,12 @@ def row_of_table(f, pairs, args, device):
         y = torch.from_numpy(np.array(open_label(label, args))).long()[None]   # (1, H, W)
         n += confusion(segment(f, opened(picture).to(device), args, y.shape[1:]).cpu(), y, N)
     constant[:, n.sum(1).argmax()] = n.sum(1)
-    answers = [metrics(n), metrics(constant)] if pairs else []
-    for m in answers:
+    found, trivial = metrics(n), metrics(constant)
+    for m in (found, trivial):
         m |= {f"IoU of {name}": v for name, v in zip(class_ids(args), m.pop("IoU"), strict=True)}
-    return [{"name": name, "value": float(answers[0][name]), "better": "higher",
-             "trivial": {"most frequent class": float(answers[1][name])}}
-            for name in (answers[0] if answers else ())]
+    return [{"name": name, "value": float(value), "better": "higher",
+             "trivial": {"most frequent class": float(trivial[name])}}
+            for name, value in found.items()] if pairs else []
 
 
 def result_of(stage, args):
@@ -965,10 +969,10 @@ def result_of(stage, args):
     return json.loads(path.read_text()) if path.exists() else {"steps": 0, "scores": []}
 
 
-def report(args):
+def report(run, args):
     """Tab. 3.7: the scores of the last stage that was asked for (the oracle's only if it was alone)
     beside those of all others in the run folder: printed, and kept as result.json."""
-    run, rows, ours = Run("cycada", args), {}, None
+    rows, ours = {}, None
     for stage, row in STAGES.items():
         found = result_of(stage, args)
         rows |= {row: found["scores"]} if found["scores"] else {}
@@ -1000,15 +1004,19 @@ def translate_files(args):
     with the weights of a task model into coloured label maps."""
     device = common.pick_device(args.device)
     name, net = from_weights(args, device)
-    if name[0] == "f":
-        common.TRAINED = math.inf  # `segment` resizes
-        if args.side:
-            raise UserError("--side: task models see --task-load, and answer at the picture's size")
+    common.TRAINED = math.inf  # a short side; but `segment` resizes, and --load is a width
+    if name[0] == "f" and args.side:
+        raise UserError("--side: task models see --task-load, and answer at the picture's size")
 
     def answer(x):
-        if name[0] == "G":
-            return translate(net, x.to(device), args)
-        return colours(segment(net, x.to(device), args), len(args.classes))
+        if name[0] == "f":
+            return colours(segment(net, x.to(device), args), len(args.classes))
+        h, w = x.shape[2:]
+        scale = max(args.load / w, args.size / min(h, w))  # of Unpaired
+        if scale < 0.5 and not args.side:
+            common.remark("side", f"{w}x{h} pixels: more than twice the scale of the training; "
+                                  f"--side {round(min(h, w) * scale)} is it")
+        return translate(net, x.to(device), args)
 
     common.translate_files(args.translate, args.out or "translated", answer)
 
@@ -1024,9 +1032,7 @@ def evaluate(args):
     common.print_scores(row_of_table(f, pairs, args, device))
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

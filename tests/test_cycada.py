@@ -750,7 +750,7 @@ def test_truth_of_the_grid_has_the_labels_own_colours(tmp_path):
         Image.fromarray(ids).save(tmp_path / f"y{i}.png")
         pairs.append((tmp_path / f"x{i}.png", tmp_path / f"y{i}.png"))
     columns = cycada.label_columns({}, {"test": pairs, "target": []}, tiny_args(), "cpu")
-    assert columns["truth"].shape == columns["x_t"].shape == (2, 3, 48, 48)
+    assert columns["truth"].shape == columns["x_t"].shape == (2, 3, 40, 40)      # --load
     known = cycada.colours(torch.tensor([[[0, 2]]]), 7)[0, :, 0].T                # (2, 3)
     assert torch.cdist(columns["truth"].movedim(1, 3).reshape(-1, 3), known).min(1)[0].max() == 0
 
@@ -843,13 +843,16 @@ def test_every_picture_is_translated_once_by_the_newest_generator(trained, folde
     made = np.asarray(Image.open(pairs[2][0])).astype(int)
     assert made.shape == (33, 40, 3) and np.abs(made - np.asarray(expected)).max() <= 1
     for name, age in ((0, -10), (1, 10)):  # one older, one newer than G_ST
-        Image.new("RGB", (1, 1)).save(pairs[name][0])
+        Image.new("RGB", (40, 1)).save(pairs[name][0])
         os.utime(pairs[name][0], (Path(weights).stat().st_mtime + age,) * 2)
     cycada.translated_pairs(source, args, process)
-    assert [Image.open(pairs[i][0]).size for i in (0, 1)] == [(40, 33), (1, 1)]
+    assert [Image.open(pairs[i][0]).size for i in (0, 1)] == [(40, 33), (40, 1)]
     os.utime(source[1][0], (Path(weights).stat().st_mtime + 20,) * 2)  # another x_s of that name
     cycada.translated_pairs(source, args, process)
     assert Image.open(pairs[1][0]).size == (40, 33)
+    args.load = 44                                                    # --resume with another one
+    cycada.translated_pairs(source, args, process)
+    assert {Image.open(x).size for x, _ in pairs} == {(44, 37)}
 
 
 def test_target_labels_reach_the_oracle_and_nothing_else(trained, folder, tmp_path):
@@ -917,6 +920,77 @@ def test_resumed_run_is_bit_identical(trained, folder, tmp_path, function, stage
     assert next(scores) == next(scores)
 
 
+def steps_and_seeds(folder):
+    """{stage, also one that is set aside: (steps done, --seed)}."""
+    lasts = {f.parent.name: torch.load(f, weights_only=True) for f in folder.glob("*/last.pt")}
+    return {name: (last["step"], last["config"]["seed"]) for name, last in lasts.items()}
+
+
+def test_a_second_run_takes_nothing_of_the_first_for_its_own(trained, folder, tmp_path):
+    """Stopped in stage pixel and resumed, it ends as one that had the folder for itself."""
+    shutil.copytree(trained, tmp_path / "run")
+    flags = ["--data", folder, *TINY, *STEPS, "--seed", 1, "--stage"]
+    stages = ["source", "pixel", "task", "oracle"]
+    interrupted("train_step", lambda: run(*flags, *stages, "--out", tmp_path / "run"))
+    first = {f"{stage}.1": (4 if stage == "pixel" else 3, 0) for stage in EVERY[1:]}
+    assert steps_and_seeds(tmp_path / "run") == first | {"source": (3, 1), "pixel": (2, 1)}
+    run("--data", folder, "--resume", "--out", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    assert steps_and_seeds(tmp_path / "run") == first | {
+        "source": (3, 1), "pixel": (4, 1), "task": (3, 1), "oracle": (3, 1)}
+    run(*flags, *stages, "--out", tmp_path / "alone")
+    assert result(tmp_path / "run")["scores"] == result(tmp_path / "alone")["scores"]
+
+
+def test_what_goes_on_outdates_the_stages_that_read_it(trained, folder, tmp_path):
+    """Two more steps of pixel, stopped in stage task: it and feature begin with the new G_ST."""
+    shutil.copytree(trained, tmp_path / "run")
+    resume = ["--data", folder, "--resume", "--out", tmp_path / "run", "--device", "cpu",
+              "--workers", 0]
+    interrupted("task_step", lambda: run(*resume, *EVERY, "--steps", 6))
+    kept = {"source": (3, 0), "oracle": (3, 0), "pixel": (6, 0), "task.1": (3, 0),
+            "feature.1": (3, 0)}
+    assert steps_and_seeds(tmp_path / "run") == kept | {"task": (2, 0)}
+    run(*resume)
+    assert steps_and_seeds(tmp_path / "run") == kept | {"task": (3, 0), "feature": (3, 0)}
+    shutil.copytree(tmp_path / "run/pixel", tmp_path / "new/pixel")
+    run("--data", folder, *TINY, *STEPS, "--stage", "task", "feature", "--out", tmp_path / "new")
+    for stage in ("task", "feature"):
+        assert_same(*(parts(tmp_path / r / stage / "last.pt") for r in ("run", "new")))
+    run(*resume, "--task-steps", 4, *EVERY[:2], "task")               # and feature reads task
+    assert steps_and_seeds(tmp_path / "run") == kept | {
+        "source": (4, 0), "task": (4, 0), "feature.2": (3, 0)}
+
+
+def test_what_is_refused_leaves_all_stages_in_place(trained, folder, tmp_path, capsys, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    before, flags = {*tmp_path.rglob("*")}, ["--data", folder, *TINY, *STEPS, *EVERY, "--out",
+                                             tmp_path / "run"]
+    line = error_of(capsys, cycada.main, *flags, "--weights", trained / "pixel/last.pt")
+    assert "--weights: read by --translate and --evaluate" in line
+
+    def locked(folder, original=common.locked):
+        common.expect(folder.name != "oracle", "another run")
+        return original(folder)
+
+    monkeypatch.setattr(common, "locked", locked)
+    assert "another run" in error_of(capsys, cycada.main, *flags)
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_resume_takes_the_flags_of_the_run_that_was_stopped(trained, folder, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for age, stage in enumerate(("oracle", "task", "pixel")):         # pixel is the newest
+        path = tmp_path / "run" / stage / "last.pt"
+        state = torch.load(path, weights_only=True)
+        state["config"] |= {"lambda_cyc": age, "stage": [stage]}
+        torch.save(state, path)
+        os.utime(path, (2e9 + age,) * 2)
+    flags = ["--data", str(folder), "--resume", "--out", str(tmp_path / "run")]
+    args = cycada.get_args(flags)
+    assert (args.lambda_cyc, args.stage) == (2, ["pixel"])
+    assert cycada.get_args([*flags, "--stage", "task"]).lambda_cyc == 2
+
+
 def test_a_resumed_run_begins_its_later_stages(trained, folder, tmp_path):
     (tmp_path / "run/source").mkdir(parents=True)
     for name in ("last.pt", "result.json"):
@@ -969,6 +1043,21 @@ def test_translate_by_the_network_of_the_stage(trained, tmp_path):
         made = np.asarray(Image.open(tmp_path / stage / "p.png")).astype(int)
         same = np.abs(made - ((y + 1) * 127.5).permute(1, 2, 0).numpy()).max(2) <= 1
         assert same.mean() > 0.99                                     # but for ties
+
+
+def test_a_picture_far_above_the_scale_of_the_training_is_remarked_on(trained, tmp_path, capsys,
+                                                                      monkeypatch):
+    """Training makes pictures 40 wide and their short sides at least 32: --load, --size."""
+    for size, side in (((100, 90), 36), ((90, 100), 40), ((100, 66), 32), ((75, 70), 0)):
+        monkeypatch.setattr(common, "SAID", {})
+        Image.new("RGB", size).save(tmp_path / "p.png")
+        flags = ["--translate", tmp_path / "p.png", "--out", tmp_path / "out", "--weights"]
+        run(*flags, trained / "pixel/last.pt")
+        said = capsys.readouterr().err
+        assert (f"--side {side} is it" if side else "") in said and bool(side) == ("--side" in said)
+        run(*flags, trained / "pixel/last.pt", "--side", side or 32)
+        run(*flags, trained / "task/last.pt")                         # `segment` resizes
+        assert "--side" not in capsys.readouterr().err
 
 
 def test_label_maps_are_made_at_the_pictures_own_size(trained, folder, tmp_path, capsys):
