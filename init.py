@@ -80,9 +80,7 @@ from common import InstanceNorm, Run, UserError, full
 
 BOXES = '{"trainA/NAME.png": [{"box": [x0, y0, x1, y1], "label": "car"}, ...], ...} (or "NAME.png")'
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 SETTINGS = {"init": {}, "coco": {"size": 360}}  # Sec. 4, Implementation Details
 TOY = {  # no term of Eq. (4) differs
@@ -155,9 +153,7 @@ def run_name(args):
     return f"{args.method}-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks (MUNIT's)
-# =============================================================================================
+# ==== 2. Networks (MUNIT's) ===================================================================
 
 
 def conv(a, b, kernel, stride=1):
@@ -323,9 +319,7 @@ def build(args, device):
     return SimpleNamespace(**nets, opt_G=adam("EG"), opt_D=adam("D"))
 
 
-# =============================================================================================
-# 3. Losses, and the style code bank
-# =============================================================================================
+# ==== 3. Losses, and the style code bank ======================================================
 
 
 def l1(k_hat, k):
@@ -370,9 +364,7 @@ def associate(bank, rng):
     return bank[torch.arange(B)[:, None], picked].flatten(0, 1)
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 def read_boxes(root, files):
@@ -394,10 +386,10 @@ def read_boxes(root, files):
         entries = table.get(key, [])
         if entries and owners.setdefault(key, file) != file:
             raise UserError(f"{path}: {key} is {owners[key]} and {file}; expected {BOXES}")
+        w, h = common.opened(file, size_only=True) if entries else (0, 0)
         for entry in entries if isinstance(entries, list) else [entries]:
             try:
                 x0, y0, x1, y1 = box = entry["box"]
-                w, h = common.opened(file, size_only=True)
                 if not (0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h):
                     raise UserError(f"{path}: {key}: box {box} is empty, inverted or not inside "
                                     f"the picture ({w} x {h})")
@@ -486,13 +478,11 @@ def resized(size, side):
 
 def data_folder(args):
     def draw_toy():
-        return common.lab("toy", "--data toy").ensure("day2night", args.load)
+        return common.lab("toy", "--data toy").ensure("day2night", max(args.load, args.size or 0))
     return common.find_data(args.data, common.UNPAIRED, {}, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def cross_cycle(x, c, s, t, E, G, G_back, cycle):
@@ -584,9 +574,7 @@ def train_step(nets, batch, args, rng):
     return losses
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
@@ -596,9 +584,6 @@ def train(args):
     show = show_pictures(root, args, run.device)
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the papers' settings: {preset}")
     for step, batch in run.steps(data, args.steps):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(nets, show, args))
@@ -609,9 +594,7 @@ def train(args):
     run.finish(truth_scores(nets, root, args, run.device))
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 def oriented(nets, args):
@@ -730,7 +713,8 @@ def translate_files(args):
         with torch.no_grad():
             styles = E_Y.style(common.to_tensor(im)[None].to(device))
     common.translate_files(args.translate, args.out or "translated", lambda x: torch.cat(
-        list(translate(E_X, G_Y, x.to(device), styles, args)), dim=2)[None])
+        list(translate(E_X, G_Y, x.to(device), styles, args)), dim=2)[None],
+        keep=[args.exemplar] if args.exemplar else ())
 
 
 def diversity_scores(outputs, real, files, device, args):
@@ -775,9 +759,7 @@ def evaluate(args):
                         + diversity_scores(outputs, test["y"], files, device, args))
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

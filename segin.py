@@ -75,9 +75,7 @@ from torch.nn import functional
 import common
 from common import PatchGAN, Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 LAYOUT = ("train/ (and test/ or val/) with side-by-side pairs like pix2pix's, or train_sketch/ "
           "train_img/ (and test_sketch/ test_img/); optional masks in train_mask/, by name")
@@ -159,9 +157,7 @@ def multiple(args):
     return max(2**args.downs, 2 ** (int(args.match_layer[4]) - 1) // args.match_zoom)
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 # ---- The semantic match S (Sec. III-A): no learning, outside of the training graph --------------
 
@@ -339,9 +335,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 CHANCE = {"L_D": 2 * math.log(2), "L_GAN": math.log(2)}  # D = 1/2 everywhere
 
@@ -383,9 +377,7 @@ def attention_loss(seg, y_hat, y_seg, y):
     return (full(seg) * full(y_hat) - y_seg * y).abs().mean()            # Eq. (10)
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 def find_pairs(root, split, args):
@@ -424,11 +416,16 @@ def load_pair(files, args):
             raise UserError(f"{photo}: {w} pixels wide; a side-by-side pair has an even width")
         halves = y.crop((0, 0, w // 2, h)), y.crop((w // 2, 0, w, h))
         x, y = halves if args.direction == "AtoB" else halves[::-1]
-    size = args.size, args.size
+    (w, h), size = y.size, (args.size, args.size)
     x, y = (common.to_tensor(im.resize(size, Image.BICUBIC)) for im in (x, y))
     if mask is None:  # CHOICE: coloured is foreground (Sec. IV); a JPEG's white is not quite 1
         return x, y, (y.amin(dim=0, keepdim=True) < 0.9).float()
-    y_seg = common.to_tensor(common.open_rgb(mask).resize(size, Image.NEAREST))[:1]
+    m = common.open_rgb(mask)
+    if abs(m.width * h / (m.height * w) - 1) > 0.02:
+        raise UserError(f"{mask}: {m.width}x{m.height}, but its photo is {w}x{h}, another shape")
+    m.putalpha(m.info.get("alpha", 255))  # what is clear is shown white, and is no foreground
+    m = common.to_tensor(m.resize(size, Image.NEAREST))                  # (4, size, size)
+    y_seg = torch.minimum(m[:3].amax(dim=0, keepdim=True), m[3:])        # (1, size, size)
     if -1 < y_seg.max() <= 0:
         raise UserError(f"{mask}: white is foreground, but nothing in it is brighter than "
                         f"{round((float(y_seg.max()) + 1) * 127.5)} of 255")
@@ -460,8 +457,8 @@ def data_folder(args):
 
 
 # ---- Self-supervision (Sec. III-B1, Fig. 4): W(x, y), as wrong as W(x, r) will be ---------------
-# The match xi (h, w) of a picture with itself is moved: "patch shifting, repeating patterns, and
-# random matches"; then colours are: "inconsistencies in the color", "noise" (Sec. I).
+# The match xi (h, w) of a sketch with its own photo is moved: "patch shifting, repeating patterns,
+# and random matches"; then colours are: "inconsistencies in the color", "noise" (Sec. I).
 
 
 def shift_patches(xi, rng):
@@ -530,9 +527,7 @@ class SpoiltW:
         return torch.stack(W)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, x, y, y_seg, W, args):
@@ -577,9 +572,7 @@ def train_step(nets, x, y, y_seg, W, args):
             "L_seg": L_seg, "L_segAtt": L_segAtt}
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
@@ -590,9 +583,6 @@ def train(args):
     show = test_pictures(root, args, run.device, limit=6)
     nets = build(args, run.device)
     run.resume_or_start({name: getattr(nets, name) for name in ("N", "D", "opt_N", "opt_D")})
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     spoilt = SpoiltW(nets.match, args)
     for step, (x, y, y_seg, pairs, seeds) in run.steps(data, total):
         if step % args.sample_every == 0:
@@ -603,9 +593,7 @@ def train(args):
     run.finish(truth_scores(nets, root, args, run.device) if args.data == "toy" else [])
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -637,11 +625,10 @@ def test_pictures(root, args, device, limit=None):
     files = find_pairs(root, split, args)
     away = 1 if args.data == "toy" else max(1, len(files) // 2)
     chosen = range(0, len(files), max(1, len(files) // limit) if limit else 1)[:limit]
-    pairs = [load_pair(files[i], args) for i in chosen]
-    others = [load_pair(files[(i + away) % len(files)], args) for i in chosen]
-    x, y, r = [p[0] for p in pairs], [p[1] for p in pairs], [p[1] for p in others]
-    return {name: torch.stack(found).to(device) for name, found in zip("xyr", (x, y, r),
-                                                                       strict=True)}
+    x, y, _ = zip(*(load_pair(files[i], args) for i in chosen), strict=True)
+    r = [load_pair(files[(i + away) % len(files)], args)[1] for i in chosen]
+    return {name: torch.stack(found).to(device)
+            for name, found in (("x", x), ("y", y), ("r", r))}
 
 
 def sample_columns(nets, show, args):
@@ -678,23 +665,28 @@ def translate_files(args):
     if args.exemplar is None:
         raise UserError("--exemplar FILE is needed: the reference photo, or a folder of them")
     device = common.pick_device(args.device)
-    nets = load_networks(args, device)
+    nets, out, errors = load_networks(args, device), Path(args.out or "translated"), []
     references = common.by_name(common.list_pictures(args.exemplar))
+
+    def net(x, r):  # WHY resized: in training, too, both were squeezed into one square
+        if args.input == "grey":  # as `load_pair` makes x of y
+            x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+            x = x.expand(-1, 3, -1, -1)
+        r = functional.interpolate(r, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
+        return translate(nets, x, r, args)[0]
+
     for name, file in references.items():
-        r = common.to_tensor(common.open_rgb(file))[None].to(device)
-
-        def net(x, r=r):  # WHY resized: in training, too, both were squeezed into one square
-            if args.input == "grey":  # as `load_pair` makes x of y
-                x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-                x = x.expand(-1, 3, -1, -1)
-            r = functional.interpolate(r, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
-            return translate(nets, x, r, args)[0]
-
-        out = Path(args.out or "translated")
-        common.translate_files(
-            args.translate, out if len(references) == 1 else out / name,
-            lambda x, net=net: common.same_size(net, x.to(device), multiple(args)),
-            references.values(), alpha=False)  # a sketch on clear paper: its alpha is its ink
+        try:
+            r = common.to_tensor(common.open_rgb(file))[None].to(device)
+            by_r = functools.partial(net, r=r)
+            common.translate_files(
+                args.translate, out if len(references) == 1 else out / name,
+                lambda x, by_r=by_r: common.same_size(by_r, x.to(device), multiple(args)),
+                references.values(), alpha=False)  # a sketch on clear paper: its alpha is its ink
+        except UserError as error:  # of one picture, or one reference
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def evaluate(args):
@@ -716,9 +708,7 @@ def evaluate(args):
     common.print_scores(scores)
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

@@ -580,6 +580,19 @@ def test_true_nights_are_the_test_scenes_in_other_pairs_nights(village):
     close([torch.tensor(sky[2, 0])], [torch.tensor(sky[4, 3])], 0.2, 0.05)
 
 
+def test_toy_pictures_are_drawn_as_large_as_they_are_scored(tmp_path, monkeypatch):
+    def ensure(name, size):
+        toy.draw(name, tmp_path / str(size), n=1, size=size, n_test=2)
+        return tmp_path / str(size)
+
+    monkeypatch.setattr(toy, "ensure", ensure)
+    for flags, side in ((["--size", "64"], 64), (["--load", "52"], 52)):
+        args = init.get_args(flags)
+        root = init.data_folder(args)
+        assert init.test_pictures(root, args, CPU)["x"].shape == (2, 3, side, side)
+        assert toy.inside_boxes(root, "test").shape == (2, side, side)
+
+
 def test_toy_scores_by_hand():
     x, y = np.zeros((1, 3, 8, 8)), np.zeros((1, 3, 8, 8))
     y[:, :, 2:4, 2:4], y[:, :, 6:] = 1, -1
@@ -705,6 +718,15 @@ def test_styles_stand_side_by_side_and_an_exemplar_gives_its_own(trained, tmp_pa
     _, s = encoder(list(state["E_Y"].values()), common.to_tensor(im)[None], 1)
     expected = translated(trained, data / "testA/1.png", s)
     assert np.abs(np.asarray(Image.open(tmp_path / "ref/1.png")) - expected).max() <= 1
+
+
+def test_an_exemplar_is_not_painted_over(trained, tmp_path, capsys):
+    before = (trained.parent / "data/testB/0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(before)
+    line = error_of(capsys, init.main, "--translate", trained.parent / "data/testA/0.png",
+                    "--weights", trained / "last.pt", "--exemplar", tmp_path / "0.png", "--out",
+                    tmp_path)
+    assert "would be overwritten" in line and (tmp_path / "0.png").read_bytes() == before
 
 
 def test_direction_swaps_the_networks(trained):

@@ -178,7 +178,7 @@ def test_with_references_counts_pairs_as_the_paper_does(monkeypatch):
         asked.append((int(x[0, 0, 0, 0]), int(r[0, 0, 0, 0])))
         return 1000 * x + r
 
-    monkeypatch.setattr(metrics, "fid", lambda fakes, reals, *_: float(len(fakes) - len(reals)))
+    monkeypatch.setattr(metrics, "fid", lambda fakes, reals, *_: len(list(fakes)) - len(reals))
     test = {"x": photos, "y": photos, "r": photos.roll(-1, 0)}
     scores = metrics.with_references(out, test, "LPIPS", lambda a, b: float((a - b).abs().mean()))
     assert [s["name"] for s in scores] == [
@@ -192,6 +192,14 @@ def test_with_references_counts_pairs_as_the_paper_does(monkeypatch):
     # two outputs for one input differ as their references do; LPIPS(gt) is |1000 i + i - i|
     assert scores[1]["value"] == pytest.approx(scores[1]["trivial"]["real photos"])
     assert scores[3]["value"] == pytest.approx(1000 * (n - 1) / 2)
+
+
+def test_fid_asks_for_its_weights_before_any_picture_is_translated(tmp_path):
+    test, asked = dict.fromkeys("xyr", uniform(3, 3, 8, 8)), []
+    with pytest.raises(UserError, match=r"absent\.pth: No such file|FID needs"):
+        metrics.with_references(lambda *xr: asked.append(xr), test, "LPIPS",
+                                lambda *pair: asked.append(pair), tmp_path / "absent.pth")
+    assert not asked
 
 
 def test_lpips_reads_alexnets_weights_and_pictures_in_minus_one_to_one(hub, tmp_path, offline):

@@ -720,6 +720,20 @@ def test_a_sketch_on_clear_paper_and_files_that_stay(trained, drawn, tmp_path, c
         assert ("would be overwritten" if name == "a.png" else "two files of one name") in line
 
 
+def test_a_broken_picture_stops_neither_the_others_nor_later_references(trained, drawn, tmp_path,
+                                                                        capsys):
+    for name in ("in/a.png", "in/b.png", "refs/0.png", "refs/1.png", "refs/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((drawn / "test_img/0000.png").read_bytes())
+    for name in ("in/a.png", "refs/1.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    line = error_of(capsys, segin.main, "--translate", tmp_path / "in", "--weights",
+                    trained / "last.pt", "--exemplar", tmp_path / "refs", "--out", tmp_path / "out")
+    assert "1 of 2 not translated" in line and "a.png" in line
+    assert {f.relative_to(tmp_path / "out").as_posix()
+            for f in (tmp_path / "out").rglob("*.png")} == {"0/b.png", "2/b.png"}
+
+
 def test_a_network_of_grey_pictures_sees_grey(trained, drawn, tmp_path, monkeypatch):
     seen, original = [], segin.translate
     monkeypatch.setattr(segin, "translate", lambda nets, x, r, args: seen.append(x) or original(
@@ -741,6 +755,23 @@ def test_a_mask_that_is_not_white_is_refused(drawn, tmp_path):
                 segin.load_pair((photo, photo, mask), tiny_args())
         else:
             assert segin.load_pair((photo, photo, mask), tiny_args())[2].mean() == share
+
+
+def test_a_mask_of_any_colour_and_ground_has_the_photos_shape(drawn, tmp_path):
+    """White, green of a palette, or white on clear ground: the same foreground."""
+    photo, file = drawn / "test_img/0000.png", tmp_path / "m.png"
+    figure, clear = Image.new("L", (16, 16)), Image.new("RGBA", (16, 16), "white")
+    figure.paste(255, (0, 0, 16, 4))
+    green = figure.convert("P")
+    green.putpalette([0, 0, 0] * 255 + [0, 255, 0])
+    clear.putalpha(figure)
+    for mask in (figure, green, clear):
+        mask.save(file)
+        y_seg = segin.load_pair((photo, photo, file), tiny_args())[2]
+        assert y_seg.shape == (1, 32, 32) and y_seg[0, :8].all() and not y_seg[0, 8:].any()
+    Image.new("L", (32, 16), 255).save(file)
+    with pytest.raises(common.UserError, match=r"m\.png: 32x16, but its photo is 32x32"):
+        segin.load_pair((photo, photo, file), tiny_args())
 
 
 def test_translation_leaves_training_alone_and_takes_any_matcher(drawn):
@@ -770,6 +801,16 @@ def test_evaluate(trained, drawn, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(scores) == 6 and scores[0]["name"] == "parts right"
     assert all(f"{score['name']}: {score['value']:.4g} " in said for score in scores)
+
+
+def test_toy_diversity_lies_between_a_reference_and_the_own_photo(drawn):
+    x, y, r = segin.test_pictures(drawn, tiny_args(), CPU).values()
+    asked = []
+    scores = toy.reference_scores(lambda x, r: asked.append(r) or ((x + r) / 2, r), x, y, r, drawn)
+    assert_same(asked, [r, y])
+    vgg = common.VGG([f"relu{i}_1" for i in range(1, 5)], "random")
+    assert scores[-1]["value"] == metrics.feature_distance(vgg, (x + r) / 2, (x + y) / 2)
+    assert scores[-1]["trivial"]["the references"] == metrics.feature_distance(vgg, r, y)
 
 
 def test_user_errors_are_one_line(drawn, trained, side_by_side, tmp_path, capsys, monkeypatch):

@@ -183,7 +183,7 @@ def scene_scores(answers, label, folder, mean_colours, split="test"):
     colours count and texture does not; for the last two it is that to the nearest style. Returns
     [{"name", "value", "better", "trivial"}]; lower is better.
     """
-    files = sorted((Path(folder) / f"{split}_img").iterdir())
+    files = sorted((Path(folder) / f"{split}_img").glob("*.png"))
 
     def load(sub):
         return np.stack([np.asarray(Image.open(Path(folder) / sub / f.name)) for f in files]
