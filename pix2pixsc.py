@@ -76,9 +76,7 @@ from PIL import Image, ImageDraw
 import common
 from common import VGG, InstanceNorm, PatchGAN, Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/) with CLIP/FRAME or CLIP_FRAME "
           "pictures and label maps of the same names")
@@ -125,7 +123,7 @@ def get_args(argv=None):
         help="pictures lower than 224 are resized to 224x224 for VGG (code, street views)")
     add("--label-kind", choices=list(LABEL_SUFFIXES), default="ids",
         help="F(.): maps of class ids, drawings (or .npy), or text files of 68 landmarks")
-    add("--labels", type=int, help="L: classes (counted; 255 is the last), channels of drawings")
+    add("--labels", type=int, help="L: classes (counted; a 255 is the last), channels of a drawing")
     add("--unlabelled", type=int, help="ids: this one does not count in evaluation")
     add("--T", type=int, default=10, help="frames of a clip within this are consistent (Sec. 3.3)")
     add("--groups", metavar="FILE",
@@ -153,7 +151,7 @@ def get_args(argv=None):
         if value is not None and not low <= value <= high:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least {low}"
                             + (f" and at most {high}" if high < 1e9 else ""))
-        if low == least and (value or 0) % 2**args.downs:
+        if flag in ("size", "height") and (value or 0) % 2**args.downs:
             raise UserError(f"--{flag} {value}: must be a multiple of {2**args.downs}")
     return args
 
@@ -162,9 +160,7 @@ def run_name(args):
     return f"pix2pixsc-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 
 class ResnetBlock(nn.Module):  # same as cyclegan.py: ResnetBlock
@@ -248,9 +244,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 # What Ds that cannot tell would get: D_R says 1/2, D_SC, with one good pair in three, 1/3.
 CHANCE = {"L_StdAdv": 1 / 4, "L_SCAdv": 4 / 9, "L_D_R": 1 / 4, "L_D_SC": 1 / 3}
@@ -285,9 +279,7 @@ def semantic_consistency(V, y_hat, z, consistent, args):
     return (w * torch.stack(distances, dim=1)).sum(dim=1).mean()            # Eq. (6)
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 class Frame(NamedTuple):
@@ -356,7 +348,8 @@ def read_groups(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--groups {path}: expected lines 'CLIP GROUP' or 'PICTURE GROUP', or "
                         f"BDD100K's label file ({error})") from None
-    return {re.sub(r"\.(png|jpe?g)$", "", name): group for name, group in groups.items()}
+    return {re.sub(r"\.(png|jpe?g|webp|bmp|tiff?)$", "", name, flags=re.IGNORECASE): group
+            for name, group in groups.items()}
 
 
 class Pairs:
@@ -455,7 +448,7 @@ def read_drawing(path, args):
                 else np.array(common.open_rgb(path)).transpose(2, 0, 1))
         if maps.ndim != 3 or maps.dtype != np.uint8 or len(maps) != args.labels:
             raise ValueError(f"{maps.dtype} of shape {maps.shape}")
-    except (OSError, ValueError) as error:
+    except (AttributeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: expected bytes, --labels {args.labels} x height x width "
                         f"({error})") from None
     return torch.from_numpy(maps)
@@ -478,8 +471,9 @@ def complete(args, frames):
                             f"{args.labels - 1} is there, too: --labels {args.labels + 1}")
         if args.unlabelled == 255 and 255 in ids:
             args.unlabelled = args.labels - 1                               # what F makes of it
-        for frame in frames if not ids <= {*range(args.labels), 255} else ():
-            F(frame.label, args)                                            # tells which it is
+        if not ids <= {*range(args.labels), 255}:
+            for frame in frames:
+                F(frame.label, args)                                        # tells which it is
 
 
 # F(.) of faces: 68 landmarks (dlib's order), joined to 14 curves; 68 to 82 are the mirrored jaw.
@@ -541,9 +535,7 @@ def data_folder(args):
     return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, x, z, F_I, I, y_S, y_N, consistent, args, lambda_1):
@@ -591,9 +583,7 @@ def train_step(nets, x, z, F_I, I, y_S, y_N, consistent, args, lambda_1):
     return losses | {"L_SC": L_SC} if args.lambda_2 > 0 else losses
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def phase(step, total, schedule):
@@ -616,9 +606,6 @@ def train(args):
     total = args.steps or SCHEDULES[args.schedule][2] * 1000
     nets = build(args, run.device)
     run.resume_or_start({name: part for name, part in vars(nets).items() if name != "V"})
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     for step, batch in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(nets.G, show, root, args, run.device))
@@ -630,9 +617,7 @@ def train(args):
     run.finish(truth_scores(nets.G, root, args, run.device) if args.data == "toy" else [])
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -763,9 +748,7 @@ def evaluate(args):
                               "better": "lower"}])
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

@@ -75,9 +75,7 @@ from torch.nn.utils import parametrizations, parametrize
 import common
 from common import InstanceNorm, Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 KNOWN = {"ade20k": ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",)}
 LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/; optional train_inst/ test_inst/) "
@@ -86,7 +84,7 @@ LAYOUT = ("train_img/ train_label/ (and test_img/ test_label/; optional train_in
 KINDS = {  # Sec. 2.4, 2.6, by how a data set's name begins; ids as the released networks have them
     # CHOICE (code): ADE20K's maps are used as they are: 0 unknown, 1 to 150 the classes.
     "ade20k": {"labels": 151, "unlabelled": [0]},  # ADE20K-outdoor, too
-    "cityscapes": {"labels": 35, "edges": True, "size": 512, "height": 256, "load": 512,
+    "cityscapes": {"labels": 35, "edges": True, "size": 512, "height": 256, "load": 1,
                    "doublings": 6,
                    "unlabelled": [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 34]},
     "coco": {"labels": 182, "unlabelled": [255], "edges": True, "epochs": 100, "decay_from": 1.0},
@@ -95,7 +93,7 @@ KINDS = {  # Sec. 2.4, 2.6, by how a data set's name begins; ids as the released
 }
 TOY = {  # no term of the objective differs
     "labels": 7, "edges": True, "input": "encoder",
-    "size": 64, "load": 64, "batch": 4, "steps": 700,    # minutes on a laptop: small and short, ...
+    "size": 64, "load": 1, "batch": 4, "steps": 700,     # minutes on a laptop: small and short, ...
     "ngf": 16, "ndf": 16, "hidden": 32, "z": 16,         # ... so narrower and ...
     "lr_G": 5e-4, "lr_D": 2e-3, "init": "glorot",        # ... faster
     "doublings": 4, "d_layers": 3,                       # G starts at 4x4, D sees 34 pixels
@@ -109,7 +107,7 @@ def get_args(argv=None):
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--size", type=int, default=256, help="width of a training crop (Sec. 2.6)")
     add("--height", type=int, help="its height, if not square (Cityscapes 512x256)")
-    add("--load", type=int, help="pictures get this width before the crop (286/256 of --size)")
+    add("--load", type=int, help="width before the crop (286/256 of --size; 1: no crop)")
     add("--labels", type=int, help="label ids are 0 ... N-1 (counted if not given)")
     add("--unlabelled", type=int, nargs="*", default=[], metavar="ID", help="ids that --evaluate "
         "does not count; those beyond the labels share a channel of their own")
@@ -145,17 +143,17 @@ def get_args(argv=None):
     add("--fid-weights", metavar="FILE", help="Inception weights for --evaluate")
 
     def presets(args):
-        name = ("cityscapes" if Path(args.data, "gtFine").is_dir() else "ade20k"
-                if Path(args.data, "annotations").is_dir() else Path(args.data).name.lower())
+        def holds(sub):                                     # where `find_data` looks
+            return any(Path(root, args.data, sub).is_dir() for root in ("", "datasets"))
+
+        name = ("cityscapes" if holds("gtFine") else "ade20k" if holds("annotations/training")
+                else Path(args.data).name.lower())
         kind = TOY if args.data == "toy" and not args.translate else next(
             (KINDS[kind] for kind in KINDS if name.startswith(kind)), {})
         share = max(1, 32 // int(os.environ.get("WORLD_SIZE", 1)))   # torchrun: 32 pictures in all
         return {"batch": share, "load": round(args.size * 286 / 256)} | kind
 
     args = common.parse_flags(p, argv, "spade", presets, run_name)
-    if args.data != "toy" and (kind := presets(args).keys() - {"batch", "load"}):
-        print(f"settings by the name or layout of {args.data}: "
-              + ", ".join(f"{k} {getattr(args, k)}" for k in sorted(kind)))
     args.height = args.height or args.size
     for flag, value in (("--size", args.size), ("--height", args.height)):
         if value % 2**args.doublings:
@@ -174,9 +172,7 @@ def run_name(args):
     return f"spade-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 
 class Spade(nn.Module):
@@ -384,9 +380,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 CHANCE = {"L_GAN": 0.0, "L_D": 2.0, "L_KLD": 0.0}  # D = 0 everywhere; a z that tells nothing of x
 VGG_WEIGHTS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4,
@@ -429,9 +423,7 @@ def kl_divergence(mu, logvar):
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(dim=1).mean()
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 PLACES = [  # of pictures, label maps, instance maps; and what they call our splits
     ("{}_img/*", "{}_label/*", "{}_inst/*", {"train": "train", "test": "test", "val": "val"}),
@@ -559,9 +551,7 @@ def data_folder(args):
     return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, m, x, args, rng):
@@ -607,9 +597,7 @@ def train_step(nets, m, x, args, rng):
     return losses | ({"L_KLD": L_KLD} if args.input == "encoder" else {})
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def rate(step, total, decay_from):
@@ -630,9 +618,6 @@ def train(args):
     show = test_batch(held_out, args, limit=6)
     nets = build(args, run.device)
     run.resume_or_start({name: part for name, part in vars(nets).items() if name != "vgg"})
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     for step, (labels, edges, x) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(nets, show, args))
@@ -647,16 +632,14 @@ def train(args):
                if args.data == "toy" and run.rank == 0 else [])
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 def test_batch(pairs, args, limit=None):
     """labels (N, H, W), edges, x (N, 3, H, W) at the training size; limit: evenly spaced ones."""
-    every = max(1, len(pairs) // limit) if limit else 1
-    data = LabelledPictures(pairs[::every][:limit], args, augment=False)
-    return [torch.stack(part) for part in zip(*(data[i] for i in range(len(data))), strict=True)]
+    n = min(limit or len(pairs), len(pairs))
+    data = LabelledPictures([pairs[i * len(pairs) // n] for i in range(n)], args, augment=False)
+    return [torch.stack(part) for part in zip(*(data[i] for i in range(n)), strict=True)]
 
 
 @torch.no_grad()
@@ -739,20 +722,24 @@ def translate_files(args):
     """
     device = common.pick_device(args.device)
     nets = load_networks(args, device)
+    if args.inst and not args.edges:
+        raise UserError("--inst: only a network trained with --edges reads an instance map")
     if args.exemplar and not hasattr(nets, "E"):
         raise UserError("--exemplar: only a network trained with --input encoder has a style")
-    z = random_styles(1, args)
+    z, size = random_styles(1, args), (args.size, args.height)
     if args.exemplar:  # resized as in training: E's own resizing would alias a large photo
-        x = common.open_rgb(args.exemplar).resize((args.size, args.height), Image.BICUBIC)
+        x = common.open_rgb(args.exemplar).resize(size, Image.BICUBIC)
         z = style(nets, common.to_tensor(x)[None])
 
     def picture(f):
-        inst = f if args.inst is None else Path(args.inst)        # without: borders of the labels
-        labels, inst = common.open_ids(f), common.open_ids(inst / f.name if inst.is_dir() else inst)
+        labels, edges = common.open_ids(f), torch.zeros(1, 0, args.height, args.size)
         check_ids(f, np.unique(np.asarray(labels)).tolist(), args)
-        small, inst = (im.resize((args.size, args.height), Image.NEAREST) for im in (labels, inst))
-        edges = border(inst)[None] if args.edges else torch.zeros(1, 0, args.height, args.size)
-        painted = paint(nets, (to_labels(small, args)[None], edges), z, args)[0]
+        if args.edges:                                            # without --inst: of the labels
+            inst = Path(args.inst or f)
+            inst = common.open_ids(inst / f.name if inst.is_dir() else inst, of=f)
+            edges = border(inst.resize(size, Image.NEAREST))[None]
+        small = to_labels(labels.resize(size, Image.NEAREST), args)
+        painted = paint(nets, (small[None], edges), z, args)[0]
         return common.to_pil(painted).resize(labels.size, Image.BICUBIC)
 
     keep = [f for p in (args.exemplar, args.inst) if p for f in common.list_pictures(p)]
@@ -792,9 +779,7 @@ def evaluate(args):
                           "value": value, "better": "lower"}])
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

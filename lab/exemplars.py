@@ -36,20 +36,22 @@ def scores(pairs, y_hat, z, frames, args, unlabelled=None, predicted=None):
             found["label endpoint distance"] = float((a - b).norm(dim=2).mean())  # LEPE, Tab. 2
     elif args.label_kind == "ids":
         def ids(paths):
-            x = torch.stack([sc.F(path, args, size).argmax(0) for path in paths])
+            return torch.stack([sc.F(path, args, size).argmax(0) for path in paths])
+
+        def counted(x):
             return x if unlabelled is None else x.masked_fill(x == unlabelled, -1)
 
         def sample(n):
             f = random.Random(n).choice(frames)
-            label, seen = ids([f.label])[0], sc.picture(f.image, size)
+            label, seen = counted(ids([f.label])[0]), sc.picture(f.image, size)
             return (seen, label) if n % 2 else (seen.flip(2), label.flip(1))
 
-        x, net = ids([x.label for x, _ in pairs]), segmenters.train(
-            sample, args.labels, device, STEPS, batch=4)
+        x = counted(ids([x.label for x, _ in pairs]))
+        net, skip = segmenters.train(sample, args.labels, device, STEPS, batch=4), [unlabelled]
         for who, p in answers.items():
-            values[who] |= accuracies(segmenters.segmented(net, p, device), x, args.labels)
+            values[who] |= accuracies(segmenters.segmented(net, p, device), x, args.labels, skip)
         if predicted:
-            found = accuracies(ids([f.with_suffix(".png") for f in files]), x, args.labels)
+            found = accuracies(ids([f.with_suffix(".png") for f in files]), x, args.labels, skip)
     elif predicted:
         raise common.UserError("--predicted: drawings have no label error")
     values[""] |= {f"{name}, {predicted}": value for name, value in found.items()}
@@ -73,9 +75,9 @@ def style(pictures, exemplars, styles):
             f"nearest style is I's, of {len(names)}": float(hits.float().mean())}
 
 
-def accuracies(found, truth, classes):
-    """Tab. 6: are the labels x (N, H, W) found in y_hat?"""
-    table = segmenters.scores(segmenters.confusion(found, truth, classes))
+def accuracies(found, truth, classes, skip=()):
+    """Tab. 6: are the labels x (N, H, W) found in y_hat? skip: ids that are no classes."""
+    table = segmenters.scores(segmenters.confusion(found, truth, classes), skip)
     return {"per-pixel accuracy": table["accuracy"], "per-class accuracy": table["class accuracy"],
             "class IoU": table["mIoU"]}
 

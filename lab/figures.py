@@ -186,6 +186,9 @@ def spade_uniform(args):
         nets = (spade.load_networks(args, common.pick_device(args.device)) if args.weights else
                 SimpleNamespace(G=hd.instance_normalised(spade.init_weights(
                     fresh[name](args, spade.m_channels(args)), "glorot"))))
+        for layer in nets.G.modules() if not args.weights else ():
+            for _ in range(20 if hasattr(layer, "parametrizations") else 0):
+                layer.weight  # noqa: B018, a power iteration: spectral norm meets the new weights
         z = spade.random_styles(1, args)
         columns[name] = p = spade.paint(nets, maps, z if z is None else z.expand(len(labels), -1),
                                         args)

@@ -27,15 +27,20 @@ def confusion(found, truth, n_classes):
     """(n_classes, n_classes) counts: pixels of class i (row) that were read as j (column).
 
     found, truth: label maps of one shape. Pixels whose true label is none of 0 ... n_classes - 1
-    are left out (-1 and 255 are in use). Tables of several pictures add up.
+    are left out (-1 and 255 are in use). Tables of several pictures add up. `UserError` if other
+    classes were read.
     """
     known = (truth >= 0) & (truth < n_classes)
-    pairs = n_classes * truth[known].long() + found[known].long()
+    read = found[known].long()
+    if len(read) and not 0 <= read.min() <= read.max() < n_classes:
+        raise common.UserError(f"labels {int(read.min())} to {int(read.max())} were read, expected "
+                               f"0 to {n_classes - 1}: a network of other classes?")
+    pairs = n_classes * truth[known].long() + read
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
 
 
-def scores(table):
-    """What a table of `confusion` says, as fractions of 1.
+def scores(table, skip=()):
+    """What a table of `confusion` says, as fractions of 1; skip: ids that are no classes.
 
     {"mIoU", "accuracy" (of pixels), "class accuracy" (mean over the classes that are there), "IoU"
     (a tensor, one per class)}. A class that is only hallucinated has IoU 0 and counts in mIoU; one
@@ -44,6 +49,7 @@ def scores(table):
     table = table.double()
     right, there = table.diagonal(), table.sum(1)
     IoU = right / (there + table.sum(0) - right)        # 0 / 0 is nan
+    IoU[[i for i in skip if i is not None and i < len(IoU)]] = torch.nan
     return {"mIoU": float(IoU.nanmean()), "accuracy": float(right.sum() / table.sum()),
             "class accuracy": float((right / there).nanmean()), "IoU": IoU}
 

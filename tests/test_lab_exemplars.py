@@ -28,6 +28,23 @@ def test_accuracies_against_loops():
             np.mean(iou))}
 
 
+def test_predicted_maps_may_say_unlabelled(tmp_path, monkeypatch):
+    """Truth 1 everywhere, an eighth of it read as the unlabelled id 0: 7/8 are right."""
+    label = np.ones((8, 8), np.uint8)
+    for name, array in (("x.png", label), ("img.png", label * 9)):
+        Image.fromarray(array).save(tmp_path / name)
+    label[0] = 0
+    Image.fromarray(label).save(tmp_path / "00000.png")
+    monkeypatch.setattr(exemplars, "STEPS", 1)
+    frame = sc.Frame("x", tmp_path / "img.png", tmp_path / "x.png", "x")
+    args = sc.get_args("--data . --labels 3 --size 8 --height 8 --downs 1".split())
+    I = torch.zeros(1, 3, 8, 8)
+    found = {s["name"]: s["value"] for s in exemplars.scores(
+        [(frame, frame)], I, I, [frame], args, 0, tmp_path)}
+    for name in ("per-pixel accuracy", "per-class accuracy", "class IoU"):
+        assert found[f"{name}, {tmp_path}"] == pytest.approx(7 / 8)
+
+
 def test_style_of_pictures_that_follow_their_exemplars_or_not():
     level = torch.linspace(-0.8, 0.8, 4).repeat_interleave(3).view(12, 1, 1, 1)
     I, styles = level + 0.02 * torch.randn(12, 3, 8, 8), [str(i // 3) for i in range(12)]

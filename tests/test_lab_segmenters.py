@@ -34,6 +34,15 @@ def test_a_hallucinated_class_counts_and_one_in_neither_does_not():
     assert scores["accuracy"] == pytest.approx(14 / 16)
 
 
+def test_ids_that_are_no_classes_and_classes_that_are_not_ours():
+    table = torch.tensor([[7, 0, 1], [0, 0, 0], [0, 0, 4]])
+    table[0, 1] = 2                                       # the second is only hallucinated
+    assert segmenters.scores(table)["mIoU"] == pytest.approx((0.7 + 0 + 0.8) / 3)
+    assert segmenters.scores(table, [1, 255, None])["mIoU"] == pytest.approx((0.7 + 0.8) / 2)
+    with pytest.raises(common.UserError, match="labels 0 to 3 were read, expected 0 to 2: a netw"):
+        segmenters.confusion(torch.tensor([0, 3, 9]), torch.tensor([1, 1, 255]), 3)
+
+
 def test_tables_add_up_and_take_bytes():
     found, truth = torch.randint(0, 4, (2, 3, 9, 7), dtype=torch.uint8,
                                  generator=torch.Generator().manual_seed(0))

@@ -559,7 +559,7 @@ def test_groups_of_clips_and_pictures(tmp_path):
         return [f.style for f in sc.find_frames(root, "train",
                                                 tiny_args("--groups", str(tmp_path / name)))]
     flat = write_data(tmp_path / "d", flat=True)
-    assert styles(flat, "a day  # comment\nb_c,day\n\nd_0 dusk\nd night\n") == [
+    assert styles(flat, "a day  # comment\nb_c,day\n\nd_0.JPG dusk\nd night\n") == [
         "day"] * 8 + ["dusk"] + ["night"] * 3
     folders = write_data(tmp_path / "f", clips=("0", "1"))
     assert styles(folders, "0 day\n1 dusk\n0/2.png rain") == [
@@ -637,6 +637,12 @@ def test_drawings_have_any_number_of_channels(tmp_path):
     assert torch.equal(sc.F(tmp_path / "3.png", args), torch.from_numpy(maps[:3]) / 255)
     with pytest.raises(common.UserError, match=r"pose.npy: .* \(uint8 of shape \(23, 20, 24"):
         sc.F(tmp_path / "pose.npy", args)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "zip.npz", maps)
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    for name in ("empty.npy", "zip.npy"):
+        with pytest.raises(common.UserError, match=f"{name}: expected bytes, --labels 3 x height"):
+            sc.F(tmp_path / name, args)
 
 
 def test_face_map_is_a_sketch_and_l1_distances():

@@ -94,7 +94,7 @@ def test_paper_defaults_and_data_set_presets(monkeypatch):
                                                                   5)
     assert (args.ngf, args.ndf, args.hidden, args.kernel, args.d_layers) == (64, 64, 128, 3, 4)
     args = spade.get_args(["--data", "path/to/Cityscapes"])
-    assert (args.size, args.height, args.load, args.doublings) == (512, 256, 512, 6)
+    assert (args.size, args.height, args.load, args.doublings) == (512, 256, 1, 6)  # no crop
     channels = {data: spade.m_channels(spade.get_args(["--data", data]))
                 for data in ("cityscapes", "coco", "ade20k", "ADE20K-outdoor", "flickr", "camvid")}
     assert [*channels.values()] == [36, 184, 151, 151, 183, 12]
@@ -112,6 +112,31 @@ def test_paper_defaults_and_data_set_presets(monkeypatch):
         assert (group["lr"], group["betas"], group["eps"]) == (rate, (0.0, 0.9), 1e-8)
         assert group["weight_decay"] == 0
         assert len(group["params"]) == sum(len([*getattr(nets, n).parameters()]) for n in of)
+
+
+def test_presets_by_layout_look_where_the_data_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("datasets/streets/gtFine", "rooms/annotations/training", "rooms/annotations/val",
+                   "coco_stuff/annotations", "coco_stuff/train_img"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    assert [spade.get_args(["--data", data]).labels for data in (
+        "streets", "datasets/streets", "rooms", "coco_stuff")] == [35, 35, 151, 182]
+
+
+def test_test_pictures_are_evenly_spaced(folder):
+    pairs = [spade.find_pairs(folder, "train")[0]] * 11
+    pairs = [(*pair[:2], i) for i, pair in enumerate(pairs)]
+    seen = []
+
+    class Noted(spade.LabelledPictures):
+        def __init__(self, pairs, *rest, **more):
+            seen.extend(pair[2] for pair in pairs)
+            super().__init__([(*pair[:2], None) for pair in pairs], *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spade, "LabelledPictures", Noted)
+        assert len(spade.test_batch(pairs, tiny_args(), limit=6)[0]) == 6
+    assert seen == [0, 1, 3, 5, 7, 9]
 
 
 def test_toy_preset_changes_sizes_and_rates_but_no_term_of_the_objective():
@@ -875,6 +900,13 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
     assert "5.png: no such file" in fails(
         "--translate", folder / "test_label", "--weights", trained / "last.pt", "--inst",
         folder / "test_label/5.png")
+    assert "--inst: only a network trained with --edges" in fails(
+        "--translate", folder / "test_label", "--weights", tmp_path / "plain/last.pt", "--inst",
+        folder / "test_inst")
+    Image.new("L", (9, 8)).save(tmp_path / "0.png")
+    assert "0.png: 9x8 pixels, but" in fails(
+        "--translate", folder / "test_label/0.png", "--weights", trained / "last.pt", "--inst",
+        tmp_path / "0.png", "--out", tmp_path / "out")
     assert "does not fit" in fails("--data", folder, *TINY, *STYLED, "--ngf", 8, "--steps", 5,
                                    "--out", trained, "--resume")
 

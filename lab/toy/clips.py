@@ -42,7 +42,7 @@ SEASONS = {  # ground, leaves
 LABEL_COLOURS = ((150, 190, 235), (130, 150, 150), (190, 170, 120), (100, 70, 50), (60, 120, 60),
                  (140, 180, 70), (220, 90, 60), (230, 140, 60), (240, 190, 80), (160, 60, 120),
                  (150, 50, 40), (40, 40, 60), (200, 120, 160), (255, 255, 255), (90, 40, 110),
-                 (20, 20, 20), (0, 0, 0))
+                 (20, 20, 20), (80, 140, 200), (0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def sloping(colours, at, to):
 def stretched(colours, at, to):
     """Colours (n, 3) of the places `at`, stretched over the box around `to`."""
     a, b = ((p - p.min(0)) / np.maximum(np.ptp(p, 0), 1) for p in (at, to))
-    return colours[np.square(b[:, None] - a).sum(2).argmin(1)]
+    parts = np.array_split(b, 1 + len(a) * len(b) // 10**6)  # all at once would fill the memory
+    return colours[np.concatenate([np.square(p[:, None] - a).sum(2).argmin(1) for p in parts])]
 
 
 PAINTERS = {"each label's mean colour": lambda colours, at, to: colours.mean(0),

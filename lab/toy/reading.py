@@ -12,7 +12,7 @@ def mean_colours(data, classes):
     labels, _, x = zip(*(data[n] for n in range(min(len(data), 200))), strict=True)
     labels, x = torch.stack(labels).flatten(), torch.stack(x).transpose(0, 1).flatten(1)
     count = torch.bincount(labels, minlength=classes + 1)
-    sums = [torch.bincount(labels, channel, classes + 1) for channel in x]
+    sums = [torch.bincount(labels, channel.double(), classes + 1) for channel in x]
     return count, torch.stack(sums, dim=1).float() / count.clamp(min=1)[:, None]
 
 
@@ -47,7 +47,7 @@ def label_scores(x_hat, test, data, classes, skip, device, files=(None,), steps=
         for key, pictures in found.items():
             table = segmenters.confusion(segmenters.segmented(net, pictures, device),
                                          counted(labels), classes)
-            rows[key].append(segmenters.scores(table))
+            rows[key].append(segmenters.scores(table, skip))
     for key in rows:
         IoU = 100 * torch.stack([row["IoU"] for row in rows[key]]).nanmean(0)
         print(f"IoU per class, {key}: {' '.join(f'{v:.0f}' for v in IoU.tolist())}")
