@@ -44,7 +44,7 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
 USAGE        python cut.py                                    # toy world, scores at the end
              python cut.py --data horse2zebra [--mode fastcut]
              python cut.py --translate photo.jpg --weights runs/cut-horse2zebra/last.pt
-EXPECT       python cut.py: 6 to 8 minutes of one slow core (3 seeds, 40 test scenes): stripe
+EXPECT       python cut.py: 6 to 17 minutes of a slow core (3 seeds, 40 test scenes): stripe
              direction error 0.35 (no direction at all 0.61, a checkerboard 0.79), coat error 25
              (copying the input 59), background error 22 (mean colour 41): a dotted tint is left.
 """
@@ -65,9 +65,7 @@ from PIL import Image
 import common
 from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 KNOWN = {name: (f"https://people.eecs.berkeley.edu/~taesung_park/CycleGAN/datasets/{name}.zip",
                 f"http://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip")
@@ -97,20 +95,20 @@ def get_args(argv=None):
     add("--batch", type=int, default=1, help="pictures per step and process (Sec. 3.3.2)")
     add("--epochs", type=int, default=400, help="passes over the larger domain (FastCUT 200)")
     add("--steps", type=int, help="updates in all; overrides --epochs")
-    add("--decay-from", type=float, default=0.5, help="fraction of the run with a constant rate")
+    add("--decay-from", type=float, default=0.5, help="share of the run at --lr (code)")
     add("--lr", type=float, default=2e-4, help="Adam's rate (code)")
     add("--beta1", type=float, default=0.5, help="Adam's first decay (code)")
-    add("--ngf", type=int, default=64, help="width of G")
-    add("--ndf", type=int, default=64, help="width of D")
+    add("--ngf", type=int, default=64, help="width of G (code)")
+    add("--ndf", type=int, default=64, help="width of D (code)")
     add("--blocks", type=int, default=9, help="residual blocks of G (Sec. 3.3.2)")
-    add("--antialias-G", action=switch, default=True, help="blur before down- and upsampling in G")
+    add("--antialias-G", action=switch, default=True, help="blur when down- and upsampling in G")
     add("--antialias-D", action=switch, default=True, help="blur before downsampling in D")
     add("--init", choices=["xavier", "normal"], default="xavier",
         help="first weights: xavier times 0.02 (code), or CycleGAN's N(0, 0.02^2)")
     add("--tau", type=float, default=0.07, help="temperature of Eq. (3.6)")
-    add("--lambda-X", type=float, default=0.5, help="weight of Eq. (3.7) on x (FastCUT 10)")
-    add("--lambda-Y", type=float, default=0.5, help="the same on y, the identity term (FastCUT 0)")
-    add("--patches", type=int, default=256, help="places per layer: one positive, 255 negatives")
+    add("--lambda-X", type=float, default=0.5, help="weight of Eq. (3.7) on x (code; FastCUT 10)")
+    add("--lambda-Y", type=float, default=0.5, help="the same on y, the identity term (code; 0)")
+    add("--patches", type=int, default=256, help="places per layer: 1 positive, 255 negatives")
     add("--nce-layers", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="L",
         help="encoder layers of Eq. (3.7), 0 = RGB pixels (Sec. 3.3.2)")
     add("--negatives", choices=["internal", "external", "both"], default="internal",
@@ -128,6 +126,8 @@ def get_args(argv=None):
     args.nce_layers = sorted(set(args.nce_layers))
     if args.size < 32 or args.size % 4:
         raise UserError(f"--size {args.size}: must be at least 32 and a multiple of 4")
+    if args.patches == 1 and args.negatives == "internal":
+        raise UserError("--patches 1: the negatives are the other places, 2 at least")
     if not 0 <= args.nce_layers[0] <= args.nce_layers[-1] <= 4:
         raise UserError(f"--nce-layers {args.nce_layers}: G_enc has layers 0 to 4")
     return args
@@ -137,9 +137,7 @@ def run_name(args):
     return f"{args.mode}-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 
 class ResnetBlock(nn.Module):  # same as cyclegan.py: ResnetBlock
@@ -253,9 +251,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 
 def lsgan(logits, target):  # same as cyclegan.py: lsgan
@@ -350,16 +346,14 @@ class MemoryBank(nn.Module):
             self.oldest[i] = (self.oldest[i] + len(z)) % len(bank)
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 class Unpaired(torch.utils.data.Dataset):  # same as cyclegan.py: Unpaired
     """`self[n]`: the n-th training sample (x, y), two (3, size, size) tensors in [-1, 1].
 
-    x walks through a new shuffle of its domain every epoch, y is drawn at random, so that no pair
-    recurs. A sample depends on (seed, n) alone. Resize to --load, random crop, mirror at random;
+    x walks through a new shuffle of its domain every epoch, y is drawn at random, so that pairs
+    are not fixed. A sample depends on (seed, n) alone. Resize to --load, random crop, mirror;
     CHOICE (code): in the decaying part of a run pictures are resized to the crop, not cropped.
     """
 
@@ -396,16 +390,14 @@ def data_folder(args):
     return common.find_data(args.data, common.UNPAIRED, KNOWN, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, x, y, args, rng):
     """One update of D, then one of G and H, on x, y (B, 3, H, W); losses by name.
 
     rng: CPU generator for the flip and the places. CHOICE (code): D first, so that G is judged by a
-    D that has just seen this very y_hat; y_hat itself, and the way back to G, serve both updates.
+    D that has just seen this very y_hat, which is painted once, for both updates.
     """
     G, D, H = nets.G, nets.D, nets.H
     autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=args.amp)
@@ -461,9 +453,7 @@ def train_step(nets, x, y, args, rng):
     return losses | {"NCE_Y": NCE_Y} if args.lambda_Y > 0 else losses
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
@@ -476,9 +466,6 @@ def train(args):
     show = common.test_pictures(root, args, run.device, limit=6)
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x, y) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(nets.G, show, args))
@@ -489,9 +476,7 @@ def train(args):
     run.finish(truth_scores(nets.G, root, args, run.device) if args.data == "toy" else [])
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -557,9 +542,7 @@ def evaluate(args):
     common.print_scores(scores)
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

@@ -31,7 +31,7 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Here it is off, and 5 for the painting -> photo data sets, as the text has it.
              Buffer: the code's, new pictures until it is full, then an old one with p = 1/2.
              Padding, biases and N(0, 0.02^2) weights are the code's. Some of their code blurs
-             before sampling: --antialias-G --antialias-D.
+             when sampling: --antialias-G --antialias-D.
              Crops are 256 of 286 pixels (code), and uncropped in the decaying half of a run, as in
              CUT's code.
              The rate falls with every step; the code's with every epoch.
@@ -40,9 +40,9 @@ USAGE        python cyclegan.py                                   # toy world, s
              python cyclegan.py --data horse2zebra
              python cyclegan.py --translate photo.jpg --weights runs/cyclegan-horse2zebra/last.pt
              python cyclegan.py --translate zebra.jpg --weights FILE --direction BtoA  # with F
-EXPECT       python cyclegan.py: 9.5 minutes of one slow core (seed 0, 40 test scenes): G(x) has a
-             stripe direction error of 0.34 (no direction at all 0.61, a checkerboard 0.79), coat
-             error 20 (copying the input 59), background error 18 (mean colour 41).
+EXPECT       python cyclegan.py: 9.5 to 19 minutes of one slow core (3 seeds, 40 test scenes): G(x)
+             has a stripe direction error of 0.35 (no direction at all 0.61, a checkerboard 0.79),
+             coat error 20 (copying the input 59), background error 18 (mean colour 41).
 """
 
 import argparse
@@ -59,9 +59,7 @@ from PIL import Image
 import common
 from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 KNOWN = {name: (f"https://people.eecs.berkeley.edu/~taesung_park/CycleGAN/datasets/{name}.zip",
                 f"http://efrosgans.eecs.berkeley.edu/cyclegan/datasets/{name}.zip")
@@ -88,13 +86,13 @@ def get_args(argv=None):
     add("--batch", type=int, default=1, help="pictures per step and process (Sec. 3.2.4)")
     add("--epochs", type=int, default=200, help="passes over the larger domain (Sec. 3.2.4)")
     add("--steps", type=int, help="updates in all; overrides --epochs")
-    add("--decay-from", type=float, default=0.5, help="fraction of the run with a constant rate")
+    add("--decay-from", type=float, default=0.5, help="share of the run at --lr (Sec. 3.2.4)")
     add("--lr", type=float, default=2e-4, help="Adam's rate (Sec. 3.2.4)")
     add("--beta1", type=float, default=0.5, help="Adam's first decay (code)")
     add("--ngf", type=int, default=64, help="width of G and F (code)")
     add("--ndf", type=int, default=64, help="width of D_X and D_Y (code)")
     add("--blocks", type=int, help="residual blocks (Sec. 3.2.4: 6 up to 128 pixels, else 9)")
-    add("--antialias-G", action=switch, default=False, help="blur before down- and upsampling in G")
+    add("--antialias-G", action=switch, default=False, help="blur when down- and upsampling in G")
     add("--antialias-D", action=switch, default=False, help="blur before downsampling in D")
     add("--lambda-cyc", type=float, default=10.0, help="lambda of Eq. (3.3) (Sec. 3.2.4)")
     add("--lambda-identity", type=float, default=0.0, help="weight of L_identity (Sec. 3.2.6)")
@@ -116,9 +114,7 @@ def run_name(args):
     return f"cyclegan-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 
 class ResnetBlock(nn.Module):
@@ -195,9 +191,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 CHANCE = {name: 0.25 for name in ("L_GAN_G", "L_GAN_F", "L_D_X", "L_D_Y")}  # D = 1/2 everywhere
 
@@ -208,7 +202,7 @@ def lsgan(logits, target):
     D pulls real pictures towards 1 and translated ones towards 0, G pulls its own towards 1. Why
     not the logs? Where D is sure that y_hat is false, log(1 - sigmoid) is flat, G learns nothing;
     there the square is steepest. The mean runs over all overlapping patches (30 x 30 for 256
-    pixels), each judged by its 70 x 70 pixels alone: D asks for a zebra's coat, not for a zebra.
+    pixels), each judged by its 70 x 70 pixels: D asks for a zebra's coat, not for a zebra.
     """
     return (full(logits) - target).square().mean()                    # Eq. (3.1), one expectation
 
@@ -241,6 +235,8 @@ class HistoryBuffer:
         the other half are returned as they are, and not kept.
         """
         shown = []
+        if self.pictures and self.pictures[0].shape != fakes.shape[1:]:
+            self.pictures = []  # --resume with another --size
         for fake in full(fakes.detach()):
             if len(self.pictures) < self.size:
                 self.pictures.append(fake.clone())
@@ -257,16 +253,14 @@ class HistoryBuffer:
         self.pictures = [picture.to(self.device) for picture in state["pictures"]]
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 class Unpaired(torch.utils.data.Dataset):
     """`self[n]`: the n-th training sample (x, y), two (3, size, size) tensors in [-1, 1].
 
-    x walks through a new shuffle of its domain every epoch, y is drawn at random, so that no pair
-    recurs. A sample depends on (seed, n) alone. Resize to --load, random crop, mirror at random;
+    x walks through a new shuffle of its domain every epoch, y is drawn at random, so that pairs
+    are not fixed. A sample depends on (seed, n) alone. Resize to --load, random crop, mirror;
     CHOICE (code): in the decaying part of a run pictures are resized to the crop, not cropped.
     """
 
@@ -303,9 +297,7 @@ def data_folder(args):
     return common.find_data(args.data, common.UNPAIRED, KNOWN, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, x, y, args, rng):
@@ -353,9 +345,7 @@ def train_step(nets, x, y, args, rng):
     return losses | {"L_D_Y": L_D_Y, "L_D_X": L_D_X}
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
@@ -368,9 +358,6 @@ def train(args):
     show = common.test_pictures(root, args, run.device, limit=6)
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x, y) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(nets, show, args))
@@ -381,9 +368,7 @@ def train(args):
     run.finish(truth_scores(nets, root, args, run.device) if args.data == "toy" else [])
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -405,14 +390,14 @@ def sample_columns(nets, show, args):
 
 
 def truth_scores(nets, root, args, device):
-    """Scores of G (and of F, but for stripes: a plain coat has none) against the true answers of
-    the toy world, and what is lost on the way round."""
+    """Scores of G and F against the true answers of the toy world, and what is lost on the way
+    round."""
     toy, test = common.lab("toy", "--data toy"), common.test_pictures(root, args, device)
     x, y = test["x"], test["y"]
     y_hat, x_hat = translate(nets.G, x, args), translate(nets.F, y, args)
     scores = toy.coat_scores(x.cpu(), y_hat.cpu(), y.cpu())
     scores += [score | {"name": f"F(y): {score['name']}"}
-               for score in toy.coat_scores(y.cpu(), x_hat.cpu(), x.cpu())[1:]]
+               for score in toy.coat_scores(y.cpu(), x_hat.cpu(), x.cpu())]
     for name, start, back in (("F(G(x))", x, translate(nets.F, y_hat, args)),
                               ("G(F(y))", y, translate(nets.G, x_hat, args))):
         error = (back - start).abs().mean() * 127.5
@@ -462,9 +447,7 @@ def evaluate(args):
     common.print_scores(scores)
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

@@ -54,10 +54,10 @@ USAGE        python egscit.py                                  # toy digits, sco
              python egscit.py --data streets --task street     # trainA trainB testA testB
              python egscit.py --translate x.jpg --exemplar y.jpg --direction AtoB --weights last.pt
              python -m lab.figures egscit masks --weights last.pt   # or embedding: Fig. 5 by PCA
-EXPECT       python egscit.py: 15 minutes of a slow core (seed 0, 200 test pairs): SSIM to the truth
-             0.63 and 0.42 (flat paper 0.50, 0.24), papers right 0.93, inks 0.60 and 0.50. L_P of
-             the truth is reached; in many pairs ink takes a third colour or breaks up. (With
-             --lambda-GAN 30: 0.52 and 0.42 on val; with 10: 0.44 and 0.33 after 1000 steps.)
+EXPECT       python egscit.py: 7 minutes of a core, 18 of a busy one (seed 0, 200 test pairs): SSIM
+             to the truth 0.63 and 0.42 (flat paper 0.50, 0.24), papers right 0.93, inks 0.60 and
+             0.50. L_P of the truth is reached; in many pairs ink takes a third colour or breaks up.
+             (--lambda-GAN 30: 0.52 and 0.42 on val; with 10: 0.44 and 0.33 after 1000 steps.)
 """
 
 import argparse
@@ -79,9 +79,7 @@ from torch.nn import functional
 import common
 from common import VGG, Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 DIGITS = {"toy": "single", "toy-multiple": "multiple",
           "mnist-single": "single", "mnist-multiple": "multiple"}
@@ -112,7 +110,7 @@ def get_args(argv=None):
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--task", choices=list(TASKS),
         help="whose sizes and weights (Sec. 4); digits: those of --data, else street")
-    add("--small", action=switch, default=False, help="digits: the toy run's settings, for a CPU")
+    add("--small", action=switch, help="digits: settings for a CPU (--data toy: yes, others: no)")
     add("--mnist-root", default="datasets", metavar="DIR", help="where MNIST/raw is or comes")
     add("--size", type=int, default=512, help="width of a training picture (code)")
     add("--height", type=int, help="its height (streets: half of --size, else --size)")
@@ -145,7 +143,7 @@ def get_args(argv=None):
     def presets(args):
         digits = DIGITS.get(args.data)
         task = args.task or (f"mnist-{digits}" if digits else "street")
-        small = args.small or args.data.startswith("toy")
+        small = args.data.startswith("toy") if args.small is None else args.small
         return TASKS[task] | ({"small": True} | SMALL if digits and small else {})
 
     args = common.parse_flags(p, argv, "egscit", presets, run_name)
@@ -171,9 +169,7 @@ def run_name(args):
     return f"egscit-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks
-# =============================================================================================
+# ==== 2. Networks =============================================================================
 
 
 class ResidualBlock(nn.Module):
@@ -324,9 +320,7 @@ def layout(args):
     return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
-# =============================================================================================
-# 3. Losses, and what the content passes: mask and AdaIN
-# =============================================================================================
+# ==== 3. Losses, and what the content passes: mask and AdaIN ==================================
 
 
 def mask(f, eta):
@@ -396,9 +390,7 @@ def style_loss(phi_AB, phi_B):
 
 CHANCE = dict.fromkeys(("GAN_A", "GAN_B", "L_D_A", "L_D_B"), 0.25)  # a D of 1/2 everywhere
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 # The rules of MNIST-Single and MNIST-Multiple (Sec. 4). A digit is a mask: True where there is ink.
 
@@ -590,9 +582,7 @@ def test_set(args, limit):
             for name, paths in files.items()}
 
 
-# =============================================================================================
-# 5. One training step of each stage
-# =============================================================================================
+# ==== 5. One training step of each stage ======================================================
 
 
 def pretrain_step(nets, x_A, x_B, args):
@@ -691,9 +681,7 @@ def train_step(nets, x_A, x_B, args, update_D=True):
     return losses
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def set_rate(nets, lr, step, total):
@@ -735,9 +723,6 @@ def train(args):
     data = Unpaired(args)
     show, nets = show_set(data, args), build(args, run.device)
     run.resume_or_start(saved_parts(nets))
-    if args.small:
-        print("small preset instead of the authors' settings: "
-              + ", ".join(f"{k} {getattr(args, k)}" for k in SMALL))
     if run.step == 0 and args.features:
         common.load_parts({"F_A": nets.F_A, "F_B": nets.F_B}, common.load_checkpoint(
             args.features, "egscit")["parts"], args.features)
@@ -760,9 +745,7 @@ def train(args):
     run.finish(scores)
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -872,7 +855,8 @@ def translate_files(args):
     nets, way = load_translator(args, device), args.direction.replace("to", "")
     exemplar = common.to_tensor(fitted(args.exemplar, args))[None].to(device)
     common.translate_files(args.translate, args.out or "translated",
-                           lambda x: translate(nets, x.to(device), exemplar, args, way))
+                           lambda x: translate(nets, x.to(device), exemplar, args, way),
+                           keep=[args.exemplar])
 
 
 def evaluate(args):
@@ -881,9 +865,7 @@ def evaluate(args):
     common.print_scores(all_scores(nets, args))
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ Translation", ECCV 2020 (arXiv 2007.15651). Numbers below are those of chapter 3
 "Machine Learning for Deep Image Manipulation", UC Berkeley 2021; SinCUT is the end of Sec. 3.3.2.
 
 SYMBOLS      paper                 here              shape
-             x, y                  x, y              (B, 3, S, S) crops in [-1, 1], one scale a step
+             x, y                  x, y              (B, 3, S, S) crops in [-1, 1], of one width
              y_hat = G(x)          y_hat             (B, 3, S, S)
              G = G_dec(G_enc(x))   G.encode, decoder three feature maps (B, C_l, H_l, W_l)
              H_l, two-layer MLP    H                 (B, 1, C_l) -> (B, 1, 256), unit rows
@@ -27,8 +27,8 @@ OBJECTIVE    Eq. (3.5)  L_GAN(G, D) = E log D(y) + E log(1 - D(G(x))), non-satur
 
 CHOICES      where the text is silent, or differs from what the authors ran (their released code):
              The text has 128-pixel crops in 64-pixel tiles; the code's 64-pixel crops, which D sees
-             whole, are --size 64. A step has one width, 384 to 1024, for all its crops (text); the
-             code scales each crop's width and height apart, to 1/3 to 1 of the picture's.
+             whole, are --size 64 --tile 64. A step has one width, 384 to 1024, for all crops of a
+             picture (text); the code scales each crop's width and height apart, to 1/3 to 1.
              One place per crop and negatives from the other crops are the code's; lambda = 4,
              halved, and a pixel identity |G(y) - y|_1 of weight 1 as well. Keys are detached and
              the sum over layers is a mean (code). X and Y share places; the code draws new ones.
@@ -63,9 +63,7 @@ from PIL import Image
 import common
 from common import Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 TOY = {  # no term of the objective differs
     "size": 32, "tile": 32, "scale": [80, 128],     # of a picture 128 wide; D sees whole crops
@@ -85,7 +83,7 @@ def get_args(argv=None):
         help="range of the width that pictures are randomly scaled to (Sec. 3.3.2)")
     add("--batch", type=int, default=16, help="crops per step and process (Sec. 3.3.2)")
     add("--steps", type=int, default=100_000, help="updates in all (code)")
-    add("--decay-from", type=float, default=0.5, help="fraction of the run with a constant rate")
+    add("--decay-from", type=float, default=0.5, help="share of the run at --lr (code)")
     add("--lr", type=float, default=2e-3, help="Adam's rate (code)")
     add("--ngf", type=int, default=10, help="an eighth of G's first width (code)")
     add("--ndf", type=int, default=8, help="a quarter of D's first width (code)")
@@ -114,9 +112,7 @@ def run_name(args):
     return f"sincut-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks: StyleGAN2's blocks without style (Sec. 3.3.2)
-# =============================================================================================
+# ==== 2. Networks: StyleGAN2's blocks without style (Sec. 3.3.2) ==============================
 
 
 class EqualConv(nn.Module):
@@ -276,9 +272,7 @@ def build(args, device):
                            opt_H=adam(H.parameters()))
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 
 def non_saturating(logits, real):
@@ -319,15 +313,13 @@ def chance(args):
     return {"L_GAN": math.log(2), "L_D": math.log(2), "NCE_X": nce, "NCE_Y": nce}
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 class SinglePair(torch.utils.data.Dataset):
     """`self[n]` is a random crop (3, size, size) of each domain's one picture, in [-1, 1].
 
-    The crops of one step share a scale: a random width from --scale (Sec. 3.3.2).
+    A step's crops of one picture share a scale: a random width from --scale (Sec. 3.3.2).
     """
 
     def __init__(self, root, args):
@@ -363,9 +355,7 @@ def data_folder(args):
     return common.find_data(args.data, common.UNPAIRED, {}, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def train_step(nets, x, y, args, rng):
@@ -415,9 +405,7 @@ def train_step(nets, x, y, args, rng):
             "L_identity": L_identity}
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
@@ -427,9 +415,6 @@ def train(args):
     show = common.test_pictures(root, args, run.device, limit=1)
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x, y) in run.steps(data, args.steps):
         if step % args.sample_every == 0:
             run.save_samples(sample_columns(nets.G, show, args))
@@ -441,9 +426,7 @@ def train(args):
     run.finish(truth_scores(nets.G, root, args, run.device) if args.data == "toy" else [])
 
 
-# =============================================================================================
-# 7. Translate and evaluate
-# =============================================================================================
+# ==== 7. Translate and evaluate ===============================================================
 
 
 @torch.no_grad()
@@ -500,9 +483,7 @@ def evaluate(args):
     common.print_scores(truth_scores(G, data_folder(args), args, device))
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

@@ -56,9 +56,9 @@ USAGE        python swapae.py                                 # toy world, score
              python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
 EXPECT       python swapae.py: 19 minutes of a slow core (seed 0, 40 test scenes): figure, ground
              take the exemplar's hues, colour error 12 (copying the structure 36, colour transfer
-             20, in dark and light apart 4), the layout stays, outline error 0.08; but G paints no
-             motifs yet, not even from the true answer's codes: right in 0.31 of the regions, which
-             is chance (0.3). L_D 1.35, L_Dpatch 1.33 (chance 1.39).
+             20, in dark and light apart 4), the layout stays, outline error 0.08; but G paints
+             speckle everywhere, also from the true answer's codes: right in 0.31 of the regions,
+             those that are speckled. L_D 1.35, L_Dpatch 1.33 (chance 1.39).
 """
 
 import argparse
@@ -79,9 +79,7 @@ from PIL import Image
 import common
 from common import Run, UserError, full
 
-# =============================================================================================
-# 1. Configuration
-# =============================================================================================
+# ==== 1. Configuration ========================================================================
 
 LAYOUT = "a folder of pictures, or one with train/ (and test/), or with trainA/ trainB/"
 SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4.8)
@@ -95,7 +93,8 @@ SETTINGS = {  # what the authors ran, per data set (released launchers; Sec. 4.4
 }
 TOY = {  # the paper's four terms and both penalties; L_rec alone weighs more
     "size": 64, "batch": 4, "steps": 1500, "widths": [0.25, 0.1875, 0.03125, 0.125],  # minutes
-    "downs": 3, "structure": 2,  # a place of z_s is 8 pixels wide, a motif's grain 3
+    "downs": 3, "structure": 2,  # a place of z_s is 8 pixels wide, a streak 3 by 9; z_t is no mean
+                                 # here: 64 pixels leave one place to average (256: nine)
     "texture": 64, "code_norm": "rms",  # at unit length, 64 numbers modulate G 8 times less
     "patch": 16, "crops": 4,     # patches of a quarter of the picture's side (Sec. 4.4.8)
     "lambda_rec": 3.0,           # with 1 (a wider D, weaker penalties) no hues in 500 steps
@@ -179,9 +178,7 @@ def run_name(args):
     return f"swapae-{Path(args.data).name}"
 
 
-# =============================================================================================
-# 2. Networks: StyleGAN2's parts (Sec. 4.4.7)
-# =============================================================================================
+# ==== 2. Networks: StyleGAN2's parts (Sec. 4.4.7) =============================================
 
 
 def leaky(x):
@@ -481,9 +478,7 @@ def build(args, device):
     return nets
 
 
-# =============================================================================================
-# 3. Losses
-# =============================================================================================
+# ==== 3. Losses ===============================================================================
 
 
 def non_saturating(logits, real):  # same as sincut.py: non_saturating
@@ -522,9 +517,7 @@ CHANCE = {"L_D": 2 * math.log(2), "L_Dpatch": 2 * math.log(2)} | dict.fromkeys(
     ("L_GAN_rec", "L_GAN_swap", "L_Cooccur"), math.log(2))  # D and D_patch = 1/2 everywhere
 
 
-# =============================================================================================
-# 4. Data
-# =============================================================================================
+# ==== 4. Data =================================================================================
 
 
 def find_pictures(root, split):
@@ -594,9 +587,7 @@ def data_folder(args):
     return common.find_data(args.data, LAYOUT, {}, draw_toy)
 
 
-# =============================================================================================
-# 5. One training step
-# =============================================================================================
+# ==== 5. One training step ====================================================================
 
 
 def rebuild_and_swap(nets, x):
@@ -698,9 +689,7 @@ def train_step(nets, x_D, x_G, args, rng, step=0):
     return losses | terms
 
 
-# =============================================================================================
-# 6. Training loop
-# =============================================================================================
+# ==== 6. Training loop ========================================================================
 
 
 def train(args):
@@ -712,9 +701,6 @@ def train(args):
     print(f"sample grids show {kind}")
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
-    if args.data == "toy":
-        preset = ", ".join(f"{k} {getattr(args, k)}" for k in TOY)
-        print(f"toy preset instead of the paper's settings: {preset}")
     for step, (x_D, x_G) in run.steps(data, total):
         if step % args.sample_every == 0:
             run.save_samples(swap_grid(in_use(nets), show, show[:4], args))
@@ -724,9 +710,7 @@ def train(args):
     run.finish(truth_scores(in_use(nets), root, args, run.device) if args.data == "toy" else [])
 
 
-# =============================================================================================
-# 7. Translate, edit, evaluate
-# =============================================================================================
+# ==== 7. Translate, edit, evaluate ============================================================
 
 
 def in_use(nets):
@@ -825,9 +809,11 @@ def load_networks(args, device):
     return nets
 
 
-def codes_of(nets, files, args, device):
-    """Files -> z_s (N, C, h, w), z_t (N, C') of at most 1000 of them, each at --size."""
-    pairs = [embed(nets, x.to(device), args) for x in opened(files, args, "cpu").split(8)]
+def codes_of(nets, files, args, device, limit=1000):
+    """Files -> z_s (N, C, h, w), z_t (N, C') of at most `limit` of them, each at --size."""
+    n = min(limit, len(files))
+    chosen = [files[i * len(files) // n] for i in range(n)]  # evenly spaced
+    pairs = [embed(nets, opened(chosen[i:i + 8], args, device), args) for i in range(0, n, 8)]
     return tuple(torch.cat(codes) for codes in zip(*pairs, strict=True))
 
 
@@ -887,8 +873,8 @@ def cells_of(pixels, source, z_s, cell):
 
 def translate_files(args):
     """Edit --translate, a picture or a folder; several --alpha give strips side by side."""
-    if [bool(args.exemplar) and not args.clone, bool(args.vector), args.pca is not None,
-            bool(args.clone)].count(True) != 1 or args.mask and args.pca is None:
+    edits = args.clone or args.exemplar, args.vector, args.pca is not None
+    if [*map(bool, edits)].count(True) != 1 or args.mask and args.pca is None:
         raise UserError("--translate needs one of --exemplar, --vector, --pca (perhaps with "
                         "--mask), --clone")
     device = common.pick_device(args.device)
@@ -916,7 +902,8 @@ def translate_files(args):
             codes = [(z_s, z_t + alpha * step) for alpha in args.alpha]
         return torch.cat([paint(nets, *pair, args, x.shape[2:]) for pair in codes], dim=3)
 
-    common.translate_files(args.translate, args.out or "translated", edited)
+    common.translate_files(args.translate, args.out or "translated", edited,
+                           keep=[path for path in (args.exemplar, args.mask) if path])
 
 
 def test_pictures(root, args, device, limit=1000):
@@ -980,9 +967,7 @@ def evaluate(args):
                               "better": "lower"}])
 
 
-# =============================================================================================
-# 8. Main
-# =============================================================================================
+# ==== 8. Main =================================================================================
 
 
 def main(argv=None):

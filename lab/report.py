@@ -32,7 +32,7 @@ METHODS = {  # script: (method, paper, the data it needs, what the toy run shows
     "init": ("INIT, MUNIT", "Shen et al., CVPR 2019", "two unpaired folders and boxes",
              "days become nights in a reference's or a random light; blurred"),
     "swapae": ("Swapping Autoencoder", "Park et al., NeurIPS 2020", "one folder",
-               "layouts stay, colours of figure and ground change; no motifs yet"),
+               "layouts stay, colours of figure and ground change; speckle everywhere"),
     "cycada": ("CyCADA", "Hoffman et al., ICML 2018", "labelled source, unlabelled target",
                "graphics painted as photographs; better label maps of photographs"),
 }

@@ -77,6 +77,11 @@ def test_paper_defaults_of_the_modes():
     assert (fast.lambda_X, fast.lambda_Y, fast.flip_equivariance) == (10, 0, True)
     assert (fast.epochs, fast.decay_from, fast.lr) == (200, 0.75, 2e-4)
     assert cut.get_args(["--data", ".", "--size", "512"]).load == 572
+    short = cut.get_args(["--epochs=3"])  # of toy data, whose preset counts steps
+    assert (short.steps, short.epochs, cut.get_args([]).steps) == (None, 3, 1800)
+    assert cut.get_args(["--epochs", "3", "--steps", "9"]).steps == 9
+    with pytest.raises(common.UserError, match="--patches 1: the negatives are the other places"):
+        cut.get_args(["--patches", "1"])
     nets = cut.build(tiny_args(), CPU)
     for optimiser in (nets.opt_G, nets.opt_D, nets.opt_H):
         group, = optimiser.param_groups

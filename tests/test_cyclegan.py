@@ -177,6 +177,8 @@ def test_buffer_passes_through_at_size_zero_and_keeps_copies():
     pool.exchange(fake, rng())
     fake.zero_()
     assert float(pool.pictures[0].sum()) == 12
+    larger = torch.ones(1, 3, 4, 4)        # --resume with another --size
+    assert torch.equal(pool.exchange(larger, rng()), larger) and len(pool.pictures) == 1
 
 
 # ---- the step ---------------------------------------------------------------------------------

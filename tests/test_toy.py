@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 from lab import toy
 from lab.toy import clips, disk, horse2zebra, scoring, world
 from lab.toy.__main__ import main
@@ -239,6 +240,18 @@ def test_pictures_of_a_seed_stay_what_they_are(drawn):
              "testB/0011.png": 115.826, "valA/0000.png": 101.462, "valB/0003.png": 133.534}
     found = {name: pixels(drawn / name).mean() for name in means}
     assert found == pytest.approx(means, abs=0.01)
+
+
+def test_what_file_managers_leave_does_no_harm(tmp_path, monkeypatch):
+    folder = toy.ensure("horse2zebra", 16, tmp_path, n=1)
+    for name in (".DS_Store", "trainA/.DS_Store", "testB/Thumbs.db"):
+        (folder / name).write_bytes(b"left behind")
+    monkeypatch.setattr(disk, "published", None)  # nothing is drawn anew
+    assert toy.ensure("horse2zebra", 16, tmp_path, n=1) == folder
+    monkeypatch.undo()
+    (folder / "trainA/mine.txt").write_text("not drawn")
+    with pytest.raises(common.UserError, match=r"--data toy: .* holds other files \(trainA/mine"):
+        common.find_data("toy", "", {}, lambda: toy.ensure("horse2zebra", 16, tmp_path, n=1))
 
 
 def test_files_of_a_test_pair_differ_in_the_coat_only(drawn):
@@ -557,6 +570,7 @@ def test_coat_scores_of_known_answers(pairs):
     for score in (direction, coat, background):
         assert score["value"] == score["trivial"]["copy the input"]
     assert direction["value"] > 0.8 and coat["value"] > 40 and background["value"] == 0
+    assert toy.coat_scores(y, x, x)[0]["name"] == "coat error"  # plain answers have no stripes
     paler = toy.coat_scores(x, y + 2 / 127.5, y)
     assert [s["value"] for s in paler] == [pytest.approx(v, abs=1e-5) for v in (0, 2, 2)]
 
@@ -789,6 +803,18 @@ def test_clip_painters():
     assert np.allclose(np.abs(answers["and noise"][0, :, :6]), rows.std())
     assert np.allclose(answers["and slope"][0, :, :6], rows[:, :6])
     assert np.allclose(answers["each label, stretched"][2, :, 5], 0.5)
+
+
+def test_scores_look_at_pictures_alone(tmp_path):
+    for name in ("scenes", "day2night", "textures"):
+        toy.draw(name, tmp_path / name, n=1, size=32, n_test=2)
+    for folder in [f for f in tmp_path.rglob("*") if f.is_dir()]:
+        (folder / ".DS_Store").write_bytes(b"left by a file manager")
+    assert len(toy.inside_boxes(tmp_path / "day2night", "test")) == 2
+    assert len(toy.true_nights(tmp_path / "day2night", "test")) == 2
+    assert toy.swap_scores(tmp_path / "textures", "test", lambda x, x2: x)
+    assert toy.scene_scores({"z": np.zeros((2, 3, 32, 32))}, np.zeros((2, 32, 32), int),
+                            tmp_path / "scenes", np.zeros((7, 3)))
 
 
 def test_scores_of_val_are_those_of_val(tmp_path):

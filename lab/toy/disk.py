@@ -33,8 +33,10 @@ def describe(name, n, size, seed):
 
 
 def files_in(folder):
-    """Every file below `folder`, as relative paths with forward slashes."""
-    return (f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir())
+    """Every file below `folder`, as relative paths with forward slashes, but for what the file
+    managers of macOS and Windows leave where one has looked."""
+    return (f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()
+            and f.name[0] != "." and f.name.lower() not in ("thumbs.db", "desktop.ini"))
 
 
 def is_complete(folder, description):

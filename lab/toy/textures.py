@@ -7,9 +7,9 @@
 A picture is a layout (which places are figure, which are ground) painted in two materials, each a
 motif in two shades of a hue. A motif is noise, smoothed over 9 pixels one way and 3 the other, or 3
 both ways, brought to one mean and deviation: so the three motifs share all that single pixels tell
-and differ in how neighbours go together, which is Julesz's idea of a texture. Their grain is finer
-than the 8 pixels of a structure code's place, and no place of a picture tells the phase of it, so a
-swap can only be judged by statistics: the motif of each region, its mean colour, the outline.
+and differ in how neighbours go together, Julesz's idea of a texture. Across, they are finer than
+the 8 pixels of a structure code's place, and no place of a picture tells their phase, so a swap can
+only be judged by statistics: the motif of each region, its mean colour, the outline.
 """
 import colorsys
 import math
@@ -232,7 +232,7 @@ def swap_scores(folder, split, hybrid):
     what is wrong with the truth's structure code must be the texture code's fault, and the reverse.
     """
     x, y = (np.stack([np.asarray(Image.open(f), np.float32) for f in sorted(
-        (folder / f"{split}{kind}").iterdir())]).transpose(0, 3, 1, 2) / 127.5 - 1
+        (folder / f"{split}{kind}").glob("*.png"))]).transpose(0, 3, 1, 2) / 127.5 - 1
         for kind in ("", "_truth"))
     x2 = np.roll(x, -1, axis=0)
     scores = texture_scores(x, x2, hybrid(x, x2), y)
