@@ -474,7 +474,7 @@ def test_toy_run_and_evaluate_print_the_true_scores(drawn, tmp_path, monkeypatch
     monkeypatch.setattr(sincut, "data_folder", lambda args: drawn)
     run(*TINY, "--steps", 1, "--lr", 0, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "settings for --data toy (small, not the paper's): size 32" in printed
+    assert "settings for toy data, not the paper's: size 32" in printed
     scores = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     run("--evaluate", "--weights", tmp_path / "run/last.pt")
     lines = capsys.readouterr().out.splitlines()
