@@ -863,9 +863,9 @@ class Run:
                     set_aside(self.folder)  # its lock moves along and is held until the next is
                     self.folder.mkdir()
                     self.lock = locked(self.folder)
-                for half in (*(self.folder / f"{name}.tmp" for name in OWN_FILES),
-                             *self.folder.glob("samples/step_*.png.tmp")):  # of a killed process
-                    half.unlink(missing_ok=True)
+                for half in self.folder.rglob("*.tmp"):  # of a process that was killed
+                    if half.stem in OWN_FILES or half.stem[:5] == "step_":
+                        half.unlink()
                 write_whole(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
                 if (log := self.folder / "log.csv").exists():  # drop what the checkpoint lacks
                     rows = log.read_text(encoding="utf-8").splitlines(True)
