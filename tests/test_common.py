@@ -1186,3 +1186,11 @@ def test_two_processes_do_what_one_with_the_double_batch_does(tmp_path):
     assert_same(weights, others_weights)
     for one, both in zip(train_two_players(tmp_path / "one", 4)[0], weights, strict=True):
         assert torch.allclose(one, both, rtol=1e-12, atol=1e-12)
+
+
+def test_pictures_per_second_counts_the_batch(tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(common.tqdm, "set_postfix_str", lambda _, text, **__: texts.append(text))
+    run = tiny_run(tmp_path / "run", 6, grid_every=0, batch=3, log_every=6)
+    said = float(re.search(r"\| (\S+) pictures/s", texts[-1])[1])
+    assert said == pytest.approx(6 * 3 / run.seconds, rel=0.01)

@@ -560,3 +560,22 @@ def test_learns_stripes(tmp_path, monkeypatch):
     assert stripes["value"] < 0.75 * min(stripes["trivial"].values())
     assert coat["value"] < coat["trivial"]["mean coat colour"]
     assert background["value"] < 0.75 * background["trivial"]["mean colour"]
+
+
+def test_a_grid_shows_every_picture_beside_its_own_translation():
+    class Half(torch.nn.Module):
+        multiple = 4
+
+        def forward(self, x):
+            return x / 2, []
+
+    x, y = noise(2, 3, 32, 32).float(), noise(2, 3, 32, 32).float()
+    columns = cut.sample_columns(Half(), {"x": x, "y": y}, tiny_args())
+    assert [*columns] == ["x", "G(x)", "y", "G(y)"]
+    close([*columns.values()], [x, x / 2, y, y / 2])
+
+
+def test_an_epoch_is_a_pass_over_the_larger_domain(folder):
+    (folder / "trainA/3.png").unlink()
+    for direction in ("AtoB", "BtoA"):
+        assert len(cut.Unpaired(folder, tiny_args("--direction", direction))) == 4

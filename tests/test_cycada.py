@@ -1171,3 +1171,39 @@ def test_bad_data_is_named_before_training(folder, tmp_path, capsys):
     line = fails()
     assert "source_img/1.png" in line and "no label map" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_the_constant_answer_is_what_the_truth_has_most_of(folder):
+    """Also where f says something else everywhere."""
+    args = cycada.get_args(["--data", str(folder), *TINY])
+    pairs = cycada.load_data(args)["test"]
+
+    def f(x):
+        return F.one_hot(torch.full(x.shape[2:], 2), 3).permute(2, 0, 1)[None].float()
+
+    f.eval = lambda: f
+    row = {s["name"]: s for s in cycada.row_of_table(f, pairs, args, CPU)}
+    known = np.concatenate([np.array(Image.open(y)).ravel() for _, y in pairs])
+    share = np.bincount(known[known != 255]) / (known != 255).sum()
+    assert row["pixel acc."]["value"] == pytest.approx(100 * share[2])
+    assert row["pixel acc."]["trivial"]["most frequent class"] == pytest.approx(100 * share.max())
+
+
+def test_the_grid_of_stage_pixel_goes_there_and_back(folder):
+    class Times(torch.nn.Module):
+        multiple = 4
+
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return self.by * x
+
+    args = cycada.get_args(["--data", str(folder), *TINY])
+    nets, data = cycada.SimpleNamespace(G_ST=Times(0.5), G_TS=Times(0.25)), cycada.load_data(args)
+    columns = cycada.pixel_columns(nets, data, args, CPU)
+    x_s, x_t = columns["x_s"], columns["x_t"]
+    assert [*columns] == ["x_s", "G_ST(x_s)", "G_TS(G_ST(x_s))", "x_t", "G_TS(x_t)",
+                          "G_ST(G_TS(x_t))"]
+    close([*columns.values()], [x_s, x_s / 2, x_s / 8, x_t, x_t / 4, x_t / 8])

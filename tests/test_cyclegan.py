@@ -487,3 +487,32 @@ def test_learns_stripes(tmp_path, monkeypatch):
     assert stripes["value"] < 0.75 * min(stripes["trivial"].values())
     assert coat["value"] < coat["trivial"]["mean coat colour"]
     assert background["value"] < 0.75 * background["trivial"]["mean colour"]
+
+
+def times(by):
+    """A picture times a factor: what was done to it can be read off it."""
+    def G(x):
+        return by * x
+    G.multiple = 4
+    return G
+
+
+def test_grids_and_scores_go_there_and_back(toy_folder):
+    """The columns of Fig. 3.3, and both cycles' errors in grey levels of 0..255."""
+    args = cyclegan.get_args(TINY)
+    nets = cyclegan.build(args, CPU)
+    nets.G, nets.F = times(0.5), times(0.25)
+    x, y = common.test_pictures(toy_folder, args, CPU).values()
+    columns = cyclegan.sample_columns(nets, {"x": x, "y": y}, args)
+    expected = {"x": x, "G(x)": x / 2, "F(G(x))": x / 8, "y": y, "F(y)": y / 4, "G(F(y))": y / 8}
+    assert [*columns] == [*expected]
+    close([*columns.values()], [*expected.values()])
+    scores = {s["name"]: s["value"] for s in cyclegan.truth_scores(nets, toy_folder, args, CPU)}
+    for name, z in (("F(G(x)) error", x), ("G(F(y)) error", y)):
+        assert scores[name] == pytest.approx(float(z.abs().mean()) * 7 / 8 * 127.5, rel=1e-4)
+
+
+def test_an_epoch_is_a_pass_over_the_larger_domain(folder):
+    (folder / "trainA/3.png").unlink()
+    for direction in ("AtoB", "BtoA"):
+        assert len(cyclegan.Unpaired(folder, tiny_args("--direction", direction))) == 4

@@ -935,3 +935,32 @@ def test_learns_the_toy_world(digits, tmp_path, monkeypatch, small_vgg):
     assert scores["x_BA: paper accuracy"]["value"] > 0.7
     last = {name: values[-1] for name, values in rows_of(tmp_path / "run").items()}
     assert last["rec_A"] < 0.15 and last["rec_B"] < 0.15  # of 2; at first 0.6
+
+
+def test_boards_of_mnist_have_every_class_in_its_own_hue(monkeypatch):
+    masks, labels = drawn()
+    monkeypatch.setattr(egscit, "mnist", lambda args, split: (masks, labels))
+    data = egscit.Unpaired(egscit.get_args(["--data", "mnist-multiple"]))
+    for domain in (data.A, data.B):  # each in an order of its own
+        for k, indices in enumerate(domain.members):
+            of_k = {mask.tobytes() for mask in masks[labels == k]}
+            assert len(indices) == 40 and {domain.masks[i].tobytes() for i in indices} == of_k
+
+
+def test_a_grid_shows_each_translation_beside_its_truth(monkeypatch):
+    monkeypatch.setattr(egscit, "translated", lambda nets, test, args, way: test[f"x_{way[0]}"] / 2)
+    test = {f"x_{name}": noise(2, 3, 8, 8, seed=i) for i, name in enumerate(("A", "B", "AB", "BA"))}
+    columns = egscit.sample_columns(None, test, None)
+    assert [*columns] == ["x_A", "x_B", "x_AB", "true x_AB", "x_BA", "true x_BA"]
+    close([*columns.values()], [test["x_A"], test["x_B"], test["x_A"] / 2, test["x_AB"],
+                                test["x_B"] / 2, test["x_BA"]])
+
+
+def test_photos_are_zoomed_by_a_fifth_at_most(tmp_path):
+    """Crops have 0.8 to 1 of the sides (code): a bar of half the width has 0.5 to 0.625 of it."""
+    bar = np.zeros((40, 40, 3), np.uint8)
+    bar[:, 10:30] = 255
+    Image.fromarray(bar).save(tmp_path / "a.png")
+    photos = egscit.Photos([tmp_path / "a.png"], SimpleNamespace(size=40, height=40, data="."))
+    shares = [float((photos.picture(0, random.Random(seed)) + 1).mean()) / 2 for seed in range(200)]
+    assert 0.45 < min(shares) and 0.6 < max(shares) < 0.65

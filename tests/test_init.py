@@ -830,3 +830,43 @@ def test_user_errors_are_one_line(trained, tmp_path, capsys):
 
 
 # ---- learning -----------------------------------------------------------------------------------
+
+
+def test_the_reference_is_another_scene_of_the_same_night(village):
+    args = tiny_args("--split", "val", "--load", "64")
+    args.data, nets = "toy", init.build(args, CPU)
+    nets.E_X.content, nets.G_Y = nn.Identity(), lambda c, s: c
+    night = pictures(village / "valB")
+    gap = np.abs(night[np.arange(8) ^ 1] - night).mean(3)
+    inside = toy.inside_boxes(village, "val")
+    scores = init.truth_scores(nets, village, args, CPU)
+    for score, where in zip(scores[:2], (inside, ~inside), strict=True):
+        assert score["trivial"]["copy the reference"] == pytest.approx(gap[where].mean(), abs=1e-2)
+    assert gap[inside].mean() > 10
+
+
+def test_a_grid_paints_by_the_other_domains_g_and_rebuilds_by_the_own():
+    args = tiny_args("--direction", "BtoA")
+    nets = init.build(args, CPU)
+    nets.E_Y.content = nn.Identity()
+    nets.G_X, nets.G_Y = (lambda c, s, by=by: c * by + 0 * s.sum() for by in (0.5, 0.25))
+    show = {"x": noise(2, 3, 32, 32).float(), "reference": noise(2, 3, 32, 32).float()}
+    columns = init.sample_columns(nets, show, args)
+    for name in ("reference style", "style 1", "style 2", "style 3"):
+        close([columns[name]], [show["x"] / 2])
+    close([columns["x rebuilt"]], [show["x"] / 4])
+
+
+def test_a_box_too_small_to_learn_from_is_hidden_all_the_same(tmp_path):
+    picture = np.full((48, 48, 3), 40, np.uint8)
+    picture[22:24, 22:24] = (250, 0, 0)
+    for side in "AB":
+        (tmp_path / f"train{side}").mkdir()
+        Image.fromarray(picture).save(tmp_path / f"train{side}/0.png")
+    boxes = [{"box": [0, 0, 20, 20]}, {"box": [22, 22, 24, 24]}]       # 6 * 2 < --object-size 16
+    (tmp_path / "boxes.json").write_text(json.dumps({f"train{s}/0.png": boxes for s in "AB"}))
+    data = init.Scenes(tmp_path, tiny_args())
+    for n in range(10):
+        I_X, _, _, _, b_X, _ = data[n]
+        red = I_X[0] - I_X[1] > 0.5
+        assert red.any() and (b_X[:, red] == 0).all()

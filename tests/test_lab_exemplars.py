@@ -75,3 +75,30 @@ def test_faces_are_scored_by_eyes_and_endpoints(tmp_path):
         *_, eyes, endpoints = exemplars.scores(pairs, y_hat, I, [], args, None, tmp_path)
         assert eyes["name"] == "VGG distance of eyes (random)" and (eyes["value"] > 0) is changed
         assert endpoints["value"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_patch_around_an_eye_has_50_pixels_of_256(tmp_path):
+    table = np.full((69, 2), 64.0)
+    table[1:] = (20, 40)
+    table[43:49] = (90, 70)
+    np.savetxt(tmp_path / "x.txt", table[:])
+    table[0] = (128, 128)
+    np.savetxt(tmp_path / "x.txt", table)
+    pairs, sides = [(sc.Frame("x", None, tmp_path / "x.txt", "x"),) * 2], []
+
+    class V(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("nothing", torch.zeros(1))
+
+        def forward(self, x):
+            sides.append(x)
+            return {"relu1_1": x}
+
+    x, y = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="xy")
+    picture = torch.stack([x, y, x])[None]
+    assert exemplars.eyes(picture, picture, pairs, V()) == 0
+    first, second = sides[0]
+    assert first.shape == (3, 25, 25)                                  # round(128 * 50 / 256)
+    assert abs(float(first[0].mean()) - 20) <= 1 and abs(float(first[1].mean()) - 40) <= 1
+    assert abs(float(second[0].mean()) - 90) <= 1 and abs(float(second[1].mean()) - 70) <= 1

@@ -388,3 +388,20 @@ def test_small_classifier_tells_day_from_night(hub, tmp_path):
         files = common.find_split(tmp_path / "d2n", "test", side)
         x = torch.stack([common.to_tensor(common.open_rgb(f)) for f in files])
         assert (classify(x)[:, i] > 0.5).all()
+
+
+def test_references_are_spread_over_the_test_set(monkeypatch):
+    """Neighbours are often frames of one video, or colours of one shoe."""
+    n, asked = 41, {}
+    photos = torch.arange(n).float().view(n, 1, 1, 1).expand(n, 3, 2, 2)
+
+    def out(x, r):
+        asked.setdefault(int(x[0, 0, 0, 0]), []).append(int(r[0, 0, 0, 0]))
+        return x
+
+    monkeypatch.setattr(metrics, "fid", lambda outputs, *_: 0.0 * len([*outputs]))
+    metrics.with_references(out, {"x": photos, "y": photos, "r": photos.roll(-1, 0)}, "LPIPS",
+                            lambda a, b: 0.0)
+    own, *rest = asked[0]
+    spread = [1 + 2 * k for k in range(20)] + [1 + 4 * k for k in range(10)]
+    assert own == 1 and rest == [*spread, 0]

@@ -272,3 +272,15 @@ def test_rows_flags_are_flags_of_the_patched_script(name, row):
     exec(compile(source, module.__file__, "exec"), module.__dict__)
     args = module.get_args([*Series(name).source(row)[1], "--out", "x"])
     assert args.data in ("toy", "toy-multiple")
+
+
+def test_the_hours_that_are_left_go_by_steps(lab, capsys, monkeypatch):
+    """A table of 20 steps takes a tenth of the toy run's time, which has 200."""
+    lab(Row("Full"), Row("Worse", "worse"))
+    monkeypatch.setitem(tables.TABLES, "fake.toy", Table("fake", "toy", [Row("default")], ""))
+    folder = Series("fake.toy").results
+    folder.mkdir(parents=True)
+    (folder / "default-0.json").write_text(json.dumps(
+        {"row": "default", "seed": 0, "seconds": 36000, "steps": 200}))
+    tables.main([])
+    assert "6 of three seeds are left, about 6.0 hours" in capsys.readouterr().out

@@ -931,3 +931,15 @@ def test_toy_run_scores_the_test_clips(toy_clips, tmp_path, monkeypatch):
     assert not set.intersection(*best)                                      # no painter wins all
     grid = Image.open(tmp_path / "run/samples/step_000001.png")
     assert grid.width == 5 * (4 * 32 + 4) + 4                               # with the true answer
+
+
+def test_a_grid_shows_the_maps_own_picture_and_maps_from_the_whole_split(noise_data):
+    args = tiny_args("--exemplars", "1")
+    pairs = sc.test_pairs(noise_data, args, limit=3)
+    assert [x.name for x, _ in pairs] == ["a/0", "b_c/0", "d/0"]     # of 12, evenly spaced
+    G = sc.Generator(3, 4, 2, 1)
+    columns = sc.sample_columns(G, pairs, noise_data, args, CPU)
+    size = args.size, args.height
+    for name, i in (("I", 1), ("z of x", 0)):
+        expected = torch.stack([sc.picture(pair[i].image, size) for pair in pairs])
+        assert torch.equal(columns[name], expected), name

@@ -79,7 +79,7 @@ def test_budgets():
     assert lines.pop("lab/app.py") <= 402
     assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2900
     for name in ("cut", "cyclegan", "sincut"):
-        assert lines[f"tests/test_{name}.py"] <= lines[f"{name}.py"] * 1.1, name
+        assert lines[f"tests/test_{name}.py"] <= lines[f"{name}.py"] * 1.12, name
 
 
 @pytest.mark.parametrize("doc", DOCS)

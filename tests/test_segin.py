@@ -860,3 +860,15 @@ def test_bad_partners_are_named(tmp_path, capsys, monkeypatch):
 
 
 # ---- learning -----------------------------------------------------------------------------------
+
+
+def test_columns_of_a_grid(drawn):
+    """The mask black and white, and each reference beside its own patchwork."""
+    args = tiny_args()
+    nets, show = segin.build(args, CPU), segin.test_pictures(drawn, args, CPU)
+    y_hat, W, seg = segin.translate(nets, show["x"], show["r"], args)
+    expected = {"x": show["x"], "r": show["r"], "W(x, r)": W, "N(x, W)": y_hat,
+                "N_s(x)": 2 * seg.repeat(1, 3, 1, 1) - 1, "own photo y": show["y"]}
+    columns = segin.sample_columns(nets, show, args)
+    assert [*columns] == [*expected]
+    close([*columns.values()], [*expected.values()])

@@ -511,3 +511,16 @@ def test_user_errors_are_one_line(folder, trained, tmp_path, capsys):
     torch.save({"model.1.weight": torch.zeros(1)}, tmp_path / "cut.pth")
     assert "generator released by the authors" in fails(
         "--translate", folder / "trainA", "--weights", tmp_path / "cut.pth")
+
+
+def test_a_grid_shows_both_pictures_beside_their_translations():
+    class Half(torch.nn.Module):
+        multiple = 2
+
+        def forward(self, x):
+            return x / 2, []
+
+    x, y = noise(1, 3, 32, 32).float(), noise(1, 3, 32, 32).float()
+    columns = sincut.sample_columns(Half(), {"x": x, "y": y}, tiny_args())
+    assert [*columns] == ["x", "G(x)", "y", "G(y)"]
+    close([*columns.values()], [x, x / 2, y, y / 2])

@@ -950,3 +950,40 @@ def test_scenes_layout_scores_and_trivial_answers(tmp_path, monkeypatch):
     assert [s["value"] for s in scores[:3]] == pytest.approx([0, 0, 0], abs=1e-3)
     assert all(v > 10 for s in scores[:3] for k, v in s["trivial"].items() if "class" in k)
     assert scores[3]["value"] == scores[3]["trivial"]["real pictures"]
+
+
+def test_every_process_draws_a_z_of_its_own(folder, tmp_path, monkeypatch):
+    seeds = []
+
+    def train_step(nets, m, x, args, rng):
+        seeds.append(rng.initial_seed())
+        return {"L_D": torch.tensor(1.0)}
+
+    monkeypatch.setattr(spade, "train_step", train_step)
+    run("--data", folder, *TINY, *STYLED, "--steps", 3, "--out", tmp_path / "run")
+    assert seeds == [common.mix(0, step, 0) for step in range(3)]    # seed, step, process
+
+
+def test_a_grid_leaves_the_networks_as_they_were(folder, trained):
+    """Each pass in training mode moves batch norm's statistics and spectral norm's vectors."""
+    args = spade.get_args(["--data", str(folder), "--weights", str(trained / "last.pt")])
+    nets = spade.load_networks(args, CPU)
+    test = spade.test_batch(spade.find_pairs(folder, "test", True), args)
+    before = {name: {k: v.clone() for k, v in net.state_dict().items()}
+              for name, net in vars(nets).items()}
+    columns = spade.sample_columns(nets, test, args)
+    assert_same({name: dict(net.state_dict()) for name, net in vars(nets).items()}, before)
+    assert torch.equal(columns["x"], test[2])
+    assert torch.equal(columns["m"], spade.colour_map(test[0]))
+
+
+def test_more_than_eight_maps_are_painted_in_their_own_styles(folder, trained):
+    args = spade.get_args(["--data", str(folder), "--weights", str(trained / "last.pt")])
+    nets = spade.load_networks(args, CPU)
+    test = spade.test_batch(spade.find_pairs(folder, "test", True), args)
+    maps = [t[torch.arange(10) % 3] for t in test[:2]]
+    nets.G.fc.weight.data.mul_(100)              # a network of four steps hardly heeds its z
+    z = spade.random_styles(10, args)
+    found = spade.paint(nets, maps, z, args)
+    assert float((found[9] - found[0]).abs().max()) > 1e-3           # one map, two styles
+    close([found[8:]], [spade.paint(nets, [t[8:] for t in maps], z[8:], args)], 1e-4, 1e-5)

@@ -1033,3 +1033,16 @@ def test_texture_scores_of_known_answers(drawn):
         for score in ("motif right", "colour error")]
     assert scores[0]["value"] == copied["motif right"]["value"] == scores[5]["value"]
     assert scores[3]["value"] == 1
+
+
+def test_the_grid_of_networks_that_copy(drawn):
+    """Fig. 4.4: own codes give the structure's picture back, a column's texture is at its top."""
+    x = torch.cat([picture_of(drawn / f"test/000{i}.png") for i in range(4)])
+    for shows in ("structure", "texture"):
+        columns = swapae.swap_grid(copies(shows), x[:3], x[2:], tiny_args())
+        assert [*columns] == ["structure", "z_s", "own texture", "texture 1", "texture 2"]
+        close([columns["structure"][1:], columns["own texture"][1:]], [x[:3], x[:3]])
+        for i in (2, 3):
+            column = columns[f"texture {i - 1}"]
+            assert torch.equal(column[0], x[i])
+            close([column[1:]], [x[:3] if shows == "structure" else x[[i] * 3]])

@@ -824,3 +824,15 @@ def test_scores_of_val_are_those_of_val(tmp_path):
         label = np.stack([pixels(f) for f in sorted((tmp_path / f"{split}_label").iterdir())])
         scores = toy.scene_scores(own, label, tmp_path, np.zeros((7, 3)), split)
         assert (scores[0]["value"] > 1) == value
+
+
+def test_copies_of_nights_are_other_pairs_nights():
+    """Two scenes share a night; one night everywhere is as far from the others as they are."""
+    level = np.array([0.0, 0.0, 1.0, 1.0])                              # scenes 0, 1 and 2, 3
+    nights = np.broadcast_to(level.reshape(4, 1, 1, 1, 1), (4, 2, 3, 8, 8))
+    inside = np.zeros((4, 8, 8), bool)
+    inside[:, 2:4] = True
+    scores = toy.night_diversity(np.zeros((4, 3, 8, 8)), nights, nights, inside)
+    for score in scores[1::2]:
+        assert score["value"] == 0
+        assert score["trivial"]["copies of nights"] == pytest.approx(2 * 127.5)

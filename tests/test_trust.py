@@ -756,3 +756,9 @@ def test_absurd_numbers_are_refused_in_one_line(script, monkeypatch, capsys):
             assert text != "fine" or value == "0" or action.dest in ("alpha", "range"), (
                 f"{action.option_strings[0]} {value}")
     assert refused > 60
+
+
+def test_the_scale_of_training_is_that_of_load(monkeypatch):
+    import cyclegan
+    cyclegan.get_args(["--data", "x", "--size", "64", "--load", "300"])
+    assert common.TRAINED == 300
