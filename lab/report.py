@@ -53,7 +53,7 @@ def against_painters(records):
     first score; painters are the answers that need no learning, and no answers of the target."""
     scores = [record["scores"][0] for record in records]
     lower = scores[0]["better"] == "lower"
-    painters = [item for item in scores[0]["trivial"].items() if item[0] not in CEILINGS]
+    painters = [item for s in scores for item in s["trivial"].items() if item[0] not in CEILINGS]
     best = (min if lower else max)(painters, key=lambda item: item[1])
     if best[0].startswith("and "):  # of a list that goes on from its first painter
         best = f"mean colours {best[0]}", best[1]

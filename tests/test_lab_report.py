@@ -51,6 +51,14 @@ def test_a_run_succeeds_if_every_seed_beats_every_painter(tmp_path, monkeypatch,
     assert report.methods(dict.fromkeys(report.ORDER, 9)).count("not run") == 9
 
 
+def test_a_painter_of_any_seed_counts():
+    """As f_S of cycada.py, which is another one in each seed."""
+    records = [{"scores": [{"name": "mIoU", "value": value, "better": "higher",
+                            "trivial": {"source only": other, "oracle": 90}}]}
+               for value, other in ((58, 29), (59, 58.5))]
+    assert report.against_painters(records) == ("mIoU", 58.5, ("source only", 58.5), False)
+
+
 def test_bench_rows(tmp_path):
     path = tmp_path / "bench.jsonl"
     assert report.bench(path) == ""

@@ -586,6 +586,8 @@ def test_trivial_answers_to_the_coat_have_the_values_that_were_measured(pairs):
     coat = moved[1]["trivial"]
     assert coat["checkerboard"] == pytest.approx(18.2, abs=0.5)  # a score that a painter can win
     assert coat["mean coat colour"] == pytest.approx(50.6, abs=0.5)
+    assert coat["vertical bars"] == pytest.approx(19.7, abs=0.5)
+    assert coat["noise"] == pytest.approx(19.8, abs=0.5)
     assert moved[1]["value"] == pytest.approx(8.4, abs=0.5)
 
 
