@@ -639,7 +639,7 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
     if rough.resume and not saved:
         saved = folder / "last.pt"
         expect(saved.exists(), f"--resume: no checkpoint at {saved}; start without --resume")
-    expect(not rough.resume or folder.resolve() in Path(saved).resolve().parents,
+    expect(not rough.resume or Path(saved).parent.resolve().is_relative_to(folder.resolve()),
            "--weights: --resume goes on from the run folder's own last.pt")
     if saved:
         config = load_checkpoint(saved, method, foreign=True).get("config", {})

@@ -538,11 +538,12 @@ def test_resume_takes_no_other_runs_flags_and_no_file_of_yours(tmp_path):
     (tmp_path / "r/samples/step_000004.png.tmp").write_text("half")
     t.tiny_run(tmp_path / "r", 6, resume=True)
     assert [f.name for f in tmp_path.rglob("*.tmp")] == ["notes.tmp"]
-    (tmp_path / "o.pt").write_bytes((tmp_path / "r/last.pt").read_bytes())
+    (tmp_path / "r/last.pt").rename(tmp_path / "o.pt")
+    (tmp_path / "r/last.pt").symlink_to(tmp_path / "o.pt")  # kept on another disk
     given = ["--resume", "--out", str(tmp_path / "r"), "--weights"]
     parse = functools.partial(common.parse_flags, common.base_parser("x"), method="tiny",
                               presets=lambda args: {}, run_name=lambda args: "x")
-    assert parse([*given, str(tmp_path / "r/last.pt")]).resume
+    assert parse([*given, str(tmp_path / "r/last.pt")]).resume and parse(given[:-1]).resume
     with pytest.raises(UserError, match="--weights: --resume goes on from the run folder's own"):
         parse([*given, str(tmp_path / "o.pt")])
 
