@@ -670,9 +670,9 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
 
 def saved_flags(p, config, source, own):
     """The flags of a checkpoint that shape networks and data, as words for the parser, which has
-    tried them; own: of the run itself, so that its paths may be trusted."""
+    tried them; own: of the run itself, which scores what it scored, and whose paths are trusted."""
     fixed, words = {"help", "resume", "weights", "translate", "side", "evaluate", "out", "device",
-                    "workers", "compile", "channels_last"}, []
+                    "workers", "compile", "channels_last", *["split"] * (not own)}, []
     for action in p._actions:
         value, flag = config.get(action.dest), action.option_strings
         if action.dest in fixed or value is None or (

@@ -498,7 +498,7 @@ def test_flags_of_a_checkpoint_pass_through_the_parser(tmp_path):
     good = {"mode": "b", "layers": [2, 3], "amp": True, "seed": 5, "data": "-maps",
             "range": [-1.0, 2.0]}
     assert parsed(**good) == good and parsed(amp=False) == {}
-    paths = {"groups": "/etc/x", "mask": "/etc/x"}
+    paths = {"groups": "/etc/x", "mask": "/etc/x", "split": "val"}  # others are scored on test
     risky = paths | {"workers": 9, "compile": True, "out": "/x", "gone": 1}
     assert parsed(**risky, data="d/e") == {"data": "d/e"}  # only read, and what figures show
     assert parsed(own=True, **risky) == paths
