@@ -11,15 +11,31 @@ from lab import bench
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SCRIPTS = [*bench.ROWS]
 SIZE = {"sincut": [], "init": ["--size", "128", "--batch", "1"]}
+# G's first batch norm, over 2 x 4 x 4 places, multiplies rounding: in float32 the gradients of `fc`
+# are 0.0034 of their length away from float64's on the CPU, and cosines on an H100 were 0.969
+DOUBLE = {"spade"}
+# the code's N(0, 0.02^2) makes pictures of one grey (deviation 0.0006), which D's instance norm
+# divides by theirs: what bfloat16 rounds off then turns the gradients (cosines 0.52 to 0.98)
+INIT = {"egscit": ["--init", "xavier"]}
 NOISE = {"sincut", "init", "egscit", "swapae"}  # draw noise, compiled code other noise
 
 
-def first_step(script, device, *flags):
+def doubled(step, monkeypatch):
+    """The same step in float64."""
+    for net in vars(step.nets).values():
+        if isinstance(net, torch.nn.Module):
+            net.double()
+    step.batch = [t.double() if t.is_floating_point() else t for t in step.batch]
+    monkeypatch.setattr(step.module, "full", lambda x: x)
+    return step
+
+
+def first_step(script, device, *flags, change=lambda step: step):
     """(losses by name, {network: its gradient as a float64 vector}) of a step from seed 0."""
     name, own = bench.ROWS[script][-1 if script in ("init", "spade") else 0]
     size = SIZE.get(script, ["--size", "128", "--batch", "2"])
     torch.manual_seed(0)
-    step = bench.Step(script, [*own, *size, "--data", ".", "--device", device, *flags])
+    step = change(bench.Step(script, [*own, *size, "--data", ".", "--device", device, *flags]))
     torch.manual_seed(1)
     losses = {k: float(v) for k, v in step.run().items()}
     grads = {}
@@ -56,23 +72,19 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def known(script, why):
-    """Seen on an H100 with torch 2.11, and not explained: the test runs, and may fail."""
-    return pytest.param(script, marks=pytest.mark.xfail(reason=why))
-
-
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "spade"] + [
-    known("spade", "cosine 0.969 of G's gradients, although all losses agree to 1e-5")])
-def test_step_is_that_of_the_CPU(script, exact):
-    apart, cosines = compare(script, first_step(script, "cpu"), first_step(script, "cuda"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_step_is_that_of_the_CPU(script, exact, monkeypatch):
+    change = {"change": lambda step: doubled(step, monkeypatch)} if script in DOUBLE else {}
+    apart, cosines = compare(script, *(first_step(script, device, **change)
+                                       for device in ("cpu", "cuda")))
     assert apart < 1e-3 and min(cosines.values()) > 0.999
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "egscit"] + [
-    known("egscit", "cosines 0.69 to 0.84 of E's gradients, GAN_A off by 1.9 %")])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_amp_is_near_fp32(script):
-    apart, cosines = compare(script, first_step(script, "cuda"),
-                             first_step(script, "cuda", "--amp"))
+    flags = INIT.get(script, [])
+    apart, cosines = compare(script, first_step(script, "cuda", *flags),
+                             first_step(script, "cuda", "--amp", *flags))
     assert apart < 0.05 and min(cosines.values()) > 0.9
 
 
