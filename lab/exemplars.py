@@ -25,6 +25,11 @@ def scores(pairs, y_hat, z, frames, args, unlabelled=None, predicted=None):
     answers = {"": y_hat, "z, in its own style": z, "copy the exemplar": I,
                "mean picture": z.mean(0, keepdim=True).expand_as(z)}
     values = {who: style(p, I, [f.style for _, f in pairs]) for who, p in answers.items()}
+    if copies := [(i, path) for i, pair in enumerate(pairs) if (path := in_the_light_of(*pair))]:
+        those, y = [i for i, _ in copies], torch.stack([sc.picture(f, size) for _, f in copies])
+        for who, p in answers.items():
+            values[who]["distance to x's photograph in I's light, grey levels"] = float(
+                (p[those] - y).abs().mean() * 127.5)
     files, found = [Path(str(predicted), f"{i:05d}") for i in range(len(z))], {}
     if args.label_kind == "landmarks":
         V = common.VGG(sc.TAPS, args.vgg, normalise=False, ceil_mode=True).to(device)
@@ -58,6 +63,15 @@ def scores(pairs, y_hat, z, frames, args, unlabelled=None, predicted=None):
     return [{"name": name, "value": value, "better": "lower" if "distance" in name else "higher",
              "trivial": {who: v[name] for who, v in values.items() if who and name in v}}
             for name, value in values[""].items()]
+
+
+def in_the_light_of(x, exemplar):
+    """The file of x's photograph in the exemplar's light, where both frames are copies that
+    `lab.toy.lights` has made of one clip; else None."""
+    (clip, light), (other, its_light) = (f.name.rpartition("/")[0].rpartition("@")[::2]
+                                         for f in (x, exemplar))
+    same = clip and clip == other and light != its_light
+    return x.image.parents[1] / f"{clip}@{its_light}" / x.image.name if same else None
 
 
 def style(pictures, exemplars, styles):

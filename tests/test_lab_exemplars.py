@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import pix2pixsc as sc
 from lab import exemplars
+from lab.toy import lights
 
 
 def test_accuracies_against_loops():
@@ -52,6 +54,68 @@ def test_style_of_pictures_that_follow_their_exemplars_or_not():
     assert light > 0.99 and nearest == 1
     light, nearest = exemplars.style(I.roll(6, 0), I, styles).values()
     assert light < 0 and nearest == 0
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Two clips of three grey frames of 8 x 6 pixels, 100 to 120, with labels 0 to 2."""
+    for split in ("train", "test"):
+        for clip, frame in ((c, f) for c in "ab" for f in range(3)):
+            for kind, array in (("img", np.full((6, 8, 3), 100 + 10 * frame, np.uint8)),
+                                ("label", np.full((6, 8), frame, np.uint8))):
+                folder = tmp_path / "own" / f"{split}_{kind}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / f"{clip}_{frame}.png")
+    return tmp_path / "own"
+
+
+def test_copies_in_other_lights(clips, tmp_path):
+    flags = "--size 8 6 --bars 1 --every 2".split()
+    lights.main([str(clips), str(tmp_path / "lit"), *flags])
+
+    def read(sub):
+        return np.asarray(Image.open(tmp_path / "lit" / sub)).astype(int)
+    for split, frames in (("train", "a0 a1 a2 b0 b1 b2"), ("test", "a0 a2 b1")):
+        names = {f"{f[0]}@{light}/{f[1]}.png" for light in lights.LIGHTS for f in frames.split()}
+        for kind in ("img", "label"):
+            folder = tmp_path / "lit" / f"{split}_{kind}"
+            assert {f.relative_to(folder).as_posix() for f in folder.glob("*/*")} == names
+    assert (read("train_label/b@dark/2.png") == np.array([3, 2, 2, 2, 2, 3])[:, None]).all()
+    picture = read("train_img/a@own/1.png")
+    assert (picture[1:5] == 110).all() and (picture[[0, 5]] == 0).all()
+    dark = (110 / 255 * np.array([0.75, 0.8, 0.9])) ** 1.5 * 255
+    assert np.abs(read("train_img/a@dark/1.png")[3, 3] - dark).max() <= 0.5
+    assert (read("train_img/a@bright/1.png")[3] > 110).all()
+    with pytest.raises(common.UserError, match="lit: exists"):
+        lights.main([str(clips), str(tmp_path / "lit")])
+    with pytest.raises(common.UserError, match="found no"):
+        lights.main([str(tmp_path / "lit/train_img"), str(tmp_path / "x")])
+    (clips / "train_label/a_1.png").unlink()
+    with pytest.raises(common.UserError, match="a_1.png: expected a name CLIP_FRAME"):
+        lights.main([str(clips), str(tmp_path / "y")])
+
+
+def test_a_copy_is_the_truth_for_its_clip_in_that_light(clips, tmp_path, monkeypatch):
+    """x of clip a in its own light, I of a in the dark: x's own dark copy is right, and only it."""
+    lights.main([str(clips), str(tmp_path / "lit"), "--size", "8", "8"])
+    args = sc.get_args(f"--data {tmp_path}/lit --labels 3 --size 8 --height 8 --downs 1".split())
+    frames = {f.name: f for f in sc.find_frames(tmp_path / "lit", "train", args)}
+    x, I = frames["a@own/1"], frames["a@dark/2"]
+    truth = exemplars.in_the_light_of(x, I)
+    assert truth == frames["a@dark/1"].image
+    for other in ("a@own/2", "b@dark/2"):                 # no other light; another clip
+        assert exemplars.in_the_light_of(x, frames[other]) is None
+    monkeypatch.setattr(exemplars, "STEPS", 1)
+    y = sc.picture(truth, (8, 8))
+    name = "distance to x's photograph in I's light, grey levels"
+
+    def distance(*pictures):
+        pairs = [(x, I), (x, frames["b@dark/2"])]
+        found = exemplars.scores(pairs, torch.stack(pictures), torch.zeros(2, 3, 8, 8),
+                                 list(frames.values()), args)
+        return {s["name"]: s["value"] for s in found}[name]
+    assert distance(y, y + 1) == 0                        # the second pair has no known answer
+    assert distance(y + 0.1, y) == pytest.approx(12.75, rel=1e-4)
 
 
 def test_faces_are_scored_by_eyes_and_endpoints(tmp_path):
