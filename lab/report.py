@@ -104,12 +104,13 @@ def results():
     def by_hand(name):
         return (folder / f"{name}.md").read_text(encoding="utf-8").strip()
 
-    parts, verdicts, seconds = [], [], 0
+    parts, verdicts, seconds = [], [], {}
     for script in ORDER:
         parts += [f"## {script}.py", by_hand(script)]
         for name, table in tables.TABLES.items():
             found = measured(name) if table.script == script else {}
-            seconds += sum(r["seconds"] for records in found.values() for r in records)
+            seconds |= {("gpu" in r, r["source"], r["seed"], *r["flags"]): r["seconds"]
+                        for records in found.values() for r in records}  # equal rows count once
             if table.script != script:
                 continue
             parts.append(f"### `python -m lab.tables {name}`")
@@ -126,7 +127,10 @@ def results():
                          f"{value:.3g})")
             verdicts += [f"- {name}: {said}" for said in re.findall(r"^- (.+)$", text, re.M)]
             parts.append(text)
-    head = by_hand("intro").replace("HOURS", f"{seconds / 3600:.1f}")
+    head = by_hand("intro")
+    for word, gpu in (("GPU-HOURS", True), ("HOURS", False)):
+        hours = sum(s for key, s in seconds.items() if key[0] == gpu) / 3600
+        head = head.replace(word, f"{hours:.1f}")
     return "\n\n".join(["# Results", head, "## Which claims show", "\n".join(verdicts), *parts,
                         "## Speed and memory of one training step", by_hand("bench"),
                         bench(folder / "bench.jsonl")]) + "\n"

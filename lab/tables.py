@@ -78,6 +78,8 @@ TABLES = {
                 ("pixel feature", "pixel only", "the two complement each other"),
                 ("pixel only", "no cycle", "the cycle keeps what the labels say"),
                 ("semantic", "pixel only", "Eq. (3.13) helps (an idea in the thesis, not run)")]),
+    "cycada.long": Table("cycada", "the toy preset, seven times as long", [Row("default")], "mIoU",
+                         ["--steps", "14000"]),
     "cyclegan.tab3.4": Table(
         "cyclegan", "Tab. 3.4: which terms of Eq. (3.3) are needed (paper: labels -> photo)",
         score="stripe direction error", flags=["--steps", "300"],
@@ -168,7 +170,7 @@ TABLES = {
                 ("SEGIN", "N (same place)", "so it is beside no match at all")]),
     "spade.tab2.3": Table(
         "spade", "Tab. 2.3: SPADE against concatenation, in two architectures (paper: COCO-Stuff)",
-        score="mIoU", flags=SEGMAP,
+        score="mIoU", flags=["--steps", "1000", *SEGMAP[2:]],
         rows=[Row("decoder w/ SPADE", paper={"mIoU": 35.2}),
               Row("compact decoder w/ SPADE", None, COMPACT, {"mIoU": 35.2}),
               Row("decoder w/ Concat", "concat", paper={"mIoU": 31.9}),
@@ -266,7 +268,8 @@ class Series:
         self.name, self.table, self.device = name, TABLES[name], ["--device", device]
         self.folder = Path("runs/tables", f"{name}-quick" if quick else name)
         self.results = self.folder if quick else variants.ROOT / "lab/results" / name
-        self.shared, self.children, self.stopped = [*self.table.flags], set(), False
+        self.shared, self.children = [*self.table.flags], set()
+        self.stopped = self.again = False
         for i, flag in enumerate(self.shared if quick else ()):
             if flag.endswith("steps"):
                 self.shared[i + 1] = str(max(1, int(self.shared[i + 1]) // 10))
@@ -287,6 +290,12 @@ class Series:
         if self.stopped:
             return "stopped"
         (source, flags), (path, log) = self.source(row), self.files(row, seed)
+        for other in self.results.parent.glob(f"{self.table.script}.*/*-{seed}.json"):
+            record = json.loads(other.read_text())
+            if other != path and not self.again and [record["source"], record["flags"]] == [
+                    source, flags + self.device]:  # the same run, of another row or table
+                record |= {"table": self.name, "row": row.label}
+                return write_whole(path, json.dumps(record, indent=1) + "\n")
         key, out = f"{source} {shlex.join(flags)}\n", log.parent / log.stem
         known = log.exists() and log.read_text(errors="replace").startswith(key)
         if not known:  # what is there is of other code or flags: not to be continued
@@ -316,6 +325,8 @@ class Series:
                   "steps": result["steps"], "seconds": result["seconds"], "scores": scores,
                   "source": source, "torch": torch.__version__, "threads": 1,
                   "cpu": MODELS[0] if MODELS else platform.processor() or platform.machine()}
+        if self.device[1].startswith("cuda"):
+            record["gpu"] = torch.cuda.get_device_name(self.device[1])
         write_whole(path, json.dumps(record, indent=1) + "\n")
 
     def stop(self, number, _):
@@ -326,7 +337,7 @@ class Series:
 
     def measure_all(self, seeds, jobs, again=False):
         """Measure what is missing, all rows with the first seed first; the number of failures."""
-        every = [(row, seed) for seed in seeds for row in self.table.rows]
+        self.again, every = again, [(row, seed) for seed in seeds for row in self.table.rows]
         for row in self.table.rows:
             self.source(row)  # a patch that no longer applies is told before hours of training
         for path in [path for pair in every for path in self.files(*pair)] if again else ():
@@ -379,8 +390,10 @@ def markdown(series, seeds):
     heads = [*(f"{name} ({better})" for name, better in directions.items()),
              *(f"paper: {column}" for column in columns)]
     command = shlex.join([f"{table.script}.py", *series.shared])
-    lines = [f"{series.name}, {table.about}: {command}, seeds {' '.join(map(str, seeds))}, mean "
-             "(least to most); (lower), (higher): which is better", "",
+    where = {r.get("gpu", "CPU") for results in found.values() for r in results}
+    lines = [f"{series.name}, {table.about}: {command}, seeds {' '.join(map(str, seeds))}, "
+             f"{' and '.join(sorted(where)) or 'CPU'}, mean (least to most); (lower), (higher): "
+             "which is better", "",
              f"| {' | '.join(['row', *heads])} |", "|---" * (1 + len(heads)) + "|"]
     for row in table.rows:
         n = len(found[row.label])

@@ -132,6 +132,35 @@ def test_results_are_kept_and_again_forgets_them(lab, capsys):
     assert capsys.readouterr().out.count("Measured with other") == 0
 
 
+def test_equal_runs_are_made_once(lab, monkeypatch):
+    """The same code, flags and seed in another table: its result counts; else it is run."""
+    root = lab(Row("Full"), Row("The same"), Row("Longer", None, ["--sleep", "1"]))
+    run("--seeds", 3, "--jobs", 1)
+    folder = root / "lab/results/fake.tab"
+    records = {p.stem: json.loads(p.read_text()) for p in folder.iterdir()}
+    assert records["The_same-3"] == records["Full-3"] | {"row": "The same"}
+    assert not Path("runs/tables/fake.tab/The_same-3.log").exists()
+    assert Path("runs/tables/fake.tab/Longer-3.log").exists()
+    monkeypatch.setattr(tables, "TABLES", tables.TABLES | {"fake.other": Table(
+        "fake", "Tab. 1", [Row("Full again")], "error", ["--steps", "20"])})
+    tables.main(["fake.other", "--device", "cpu", "--seeds", "3", "4"])
+    again = json.loads((root / "lab/results/fake.other/Full_again-3.json").read_text())
+    assert again == records["Full-3"] | {"table": "fake.other", "row": "Full again"}
+    assert [p.name for p in Path("runs/tables/fake.other").glob("*.log")] == ["Full_again-4.log"]
+    tables.main(["fake.other", "--device", "cpu", "--seeds", "3", "--again"])
+    assert Path("runs/tables/fake.other/Full_again-3.log").exists()
+
+
+def test_a_gpu_is_named(lab, monkeypatch, capsys):
+    root = lab(Row("Full"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    tables.main(["fake.tab", "--device", "cuda:1", "--seeds", "0"])
+    tables.main(["fake.tab", "--device", "cpu", "--seeds", "0", "1"])
+    record = json.loads((root / "lab/results/fake.tab/Full-0.json").read_text())
+    assert record["gpu"] == "GPU of cuda:1" and record["flags"][-1] == "cuda:1"
+    assert "seeds 0 1, CPU and GPU of cuda:1, mean" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_goes_on_unless_the_code_has_changed(lab):
     root = lab(Row("Full"))
     log = Path("runs/tables/fake.tab/Full-0.log")
@@ -232,7 +261,7 @@ def test_markdown(lab, capsys):
     run()
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "fake.tab, Tab. 0: fake.py --steps 20, seeds 0 1 2, mean (least to most); (lower), "
+        "fake.tab, Tab. 0: fake.py --steps 20, seeds 0 1 2, CPU, mean (least to most); (lower), "
         "(higher): which is better", "",
         "| row | error (lower) | gain (higher) | paper: FID | paper: IoU |",
         "|---|---|---|---|---|",
