@@ -221,7 +221,7 @@ def opened(path, size_only=False):
     which needs no decoding; `UserError` with its name if that fails."""
     try:
         with open(path, "rb") as file, Image.open(file) as im:  # by its path a grey TIFF garbles
-            turn, kind = None, im.format
+            turn, kind, few = None, im.format, re.search(r"L;([24])\b", str(im.tile))
             if kind != "MPO" and getattr(im, "n_frames", 1) > 1:  # MPO: two in a phone's photo
                 remark("pages", f"{path}: the first of {im.n_frames} pages is taken", most=5)
             if kind == "TIFF":
@@ -233,6 +233,7 @@ def opened(path, size_only=False):
             im.load()
             im = im.transpose(TURNS[turn]) if turn in TURNS else im
             im.format = kind
+            im.info["stretch"] = 255 // (2 ** int(few[1]) - 1) if few else 1  # Pillow's, to 255
             return im
     except Exception as error:  # Pillow's readers raise a dozen types
         raise UserError(f"{path}: no such file" if isinstance(error, FileNotFoundError) else
@@ -280,7 +281,8 @@ def open_ids(path, hint="", of=None):
     expect(im.mode in ("P", "L", "1") or im.mode[0] == "I",
            f"{path}: expected a map of ids with one channel, found {im.mode} pixels{hint}")
     expect(im.size == (w, h), f"{path}: {im.width}x{im.height} pixels, but {of} has {w}x{h}")
-    return Image.fromarray(np.asarray(im).astype(np.int32 if im.mode[0] == "I" else np.uint8))
+    ids = np.asarray(im) // im.info["stretch"]
+    return Image.fromarray(ids.astype(np.int32 if im.mode[0] == "I" else np.uint8))
 
 
 def to_tensor(im):

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -61,8 +61,7 @@ class Table:
 BACKGROUND, OWN_PHOTO = "background error", "own photo as reference: VGG distance"
 BANK = ["--bank", "4096"]  # keys of 64 pictures, as the paper's 16,384 are, with 64 places for 256
 SEGMAP = ["--steps", "400", "--input", "segmap"]  # pix2pixHD++ has no use for a style
-COMPACT = ["--ngf", "12"]
-TOY_RATES = ["--lr-G", "1e-3", "--lr-D", "1e-3"]  # one rate, the geometric mean of the preset's two
+COMPACT, TOY_RATES = ["--ngf", "12"], ["--lr-G", "1e-3", "--lr-D", "1e-3"]  # the two rates' mean
 TABLES = {
     "cycada.tab3.7": Table(
         "cycada", "Tab. 3.7 and the ICML paper's rows (paper: GTA5 -> Cityscapes, FCN8s)",
@@ -126,6 +125,11 @@ TABLES = {
         claims=[("CUT", "encoders not shared", "sharing the encoder helps"),
                 ("CUT", "no NCE gradient to G_dec", "G_dec must learn from PatchNCE", BACKGROUND),
                 ("CUT", "FastCUT", "the identity term gives better pictures")]),
+    "sincut.variants": Table(
+        "sincut", "Sec. 3.3.2: R1, and the code's |G(y) - y|", flags=["--steps", "1000"],
+        rows=[Row("SinCUT"), Row("without R1", "no_R1"), Row("without |G(y) - y|", "no_identity")],
+        score="stripe direction error",
+        claims=[("SinCUT", "without R1", "R1 holds a D that sees a single picture")]),
     "swapae.fig4.6": Table(
         "swapae", "Fig. 4.6 (right): the largest crop of D_patch, as a share of the side",
         score="motif right", flags=["--steps", "500"],
@@ -242,6 +246,9 @@ TABLES = {
                 ("INIT w/ Ds", "INIT w/o Ds", "a shared discriminator is better"),
                 ("INIT w/ Ds", "MUNIT, twice the steps", "objects are truer", "object error")]),
 }
+TABLES["egscit.mnist"] = replace(
+    TABLES["egscit.tab2"], about="Tab. 2, MNIST itself (datasets/MNIST/raw; the drawn digits' phi)",
+    flags=["--data", "mnist-single", "--small", *TABLES["egscit.tab2"].flags])
 TABLES = {f"{script}.toy": Table(script, "the toy preset", [Row("default")], "") for script in [
     *dict.fromkeys(table.script for table in TABLES.values()), "sincut"]} | TABLES
 
@@ -265,11 +272,10 @@ class Series:
     def __init__(self, name, quick=False, device="cpu"):
         if name not in TABLES:
             raise UserError(f"no table {name!r}, found {', '.join(TABLES)}")
-        self.name, self.table, self.device = name, TABLES[name], ["--device", device]
+        self.name, self.table, self.device = name, (table := TABLES[name]), ["--device", device]
         self.folder = Path("runs/tables", f"{name}-quick" if quick else name)
         self.results = self.folder if quick else variants.ROOT / "lab/results" / name
-        self.shared, self.children = [*self.table.flags], set()
-        self.stopped = self.again = False
+        self.shared, self.children, self.stopped, self.again = [*table.flags], set(), False, False
         for i, flag in enumerate(self.shared if quick else ()):
             if flag.endswith("steps"):
                 self.shared[i + 1] = str(max(1, int(self.shared[i + 1]) // 10))
@@ -390,10 +396,9 @@ def markdown(series, seeds):
     heads = [*(f"{name} ({better})" for name, better in directions.items()),
              *(f"paper: {column}" for column in columns)]
     command = shlex.join([f"{table.script}.py", *series.shared])
-    where = {r.get("gpu", "CPU") for results in found.values() for r in results}
-    lines = [f"{series.name}, {table.about}: {command}, seeds {' '.join(map(str, seeds))}, "
-             f"{' and '.join(sorted(where)) or 'CPU'}, mean (least to most); (lower), (higher): "
-             "which is better", "",
+    on = " and ".join(sorted({r.get("gpu", "CPU") for rs in found.values() for r in rs})) or "CPU"
+    lines = [f"{series.name}, {table.about}: {command}, seeds {' '.join(map(str, seeds))}, {on}, "
+             "mean (least to most); (lower), (higher): which is better", "",
              f"| {' | '.join(['row', *heads])} |", "|---" * (1 + len(heads)) + "|"]
     for row in table.rows:
         n = len(found[row.label])

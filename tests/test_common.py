@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ import threading
 import time
 import urllib.error
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +348,19 @@ def test_ids_keep_their_values_in_every_one_channel_format(tmp_path):
     save(tmp_path / "colours.png", Image.new("RGB", (2, 2)), "RGB")
     with pytest.raises(UserError, match="colours.png: expected .* one channel, found RGB pix"):
         common.open_ids(tmp_path / "colours.png")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_ids_of_a_grey_PNG_of_any_depth(tmp_path, bits):
+    """Pillow stretches 2 and 4 bits of grey to 0 ... 255, and writes no such files."""
+    ids = np.random.default_rng(0).integers(0, min(2**bits, 300), (5, 7))
+    rows = [f"{''.join(f'{v:0{bits}b}' for v in row):0<{-(-7 * bits // 8) * 8}}" for row in ids]
+    data = zlib.compress(b"".join(b"\0" + int(r, 2).to_bytes(len(r) // 8, "big") for r in rows))
+    header = struct.pack(">IIBBBBB", 7, 5, bits, 0, 0, 0, 0)
+    (tmp_path / "ids.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d))
+        for kind, d in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))))
+    assert np.array_equal(np.asarray(common.open_ids(tmp_path / "ids.png")), ids)
 
 
 @pytest.mark.parametrize("read", [common.open_rgb, common.open_ids])

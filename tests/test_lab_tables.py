@@ -300,7 +300,7 @@ def test_rows_flags_are_flags_of_the_patched_script(name, row):
     source = variants.sources(script, row.variant)[0][f"{script}.py"]
     exec(compile(source, module.__file__, "exec"), module.__dict__)
     args = module.get_args([*Series(name).source(row)[1], "--out", "x"])
-    assert args.data in ("toy", "toy-multiple")
+    assert args.data in ("toy", "toy-multiple", "mnist-single")
 
 
 def test_the_hours_that_are_left_go_by_steps(lab, capsys, monkeypatch):
