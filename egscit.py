@@ -54,10 +54,10 @@ USAGE        python egscit.py                                  # toy digits, sco
              python egscit.py --data streets --task street     # trainA trainB testA testB
              python egscit.py --translate x.jpg --exemplar y.jpg --direction AtoB --weights last.pt
              python -m lab.figures egscit masks --weights last.pt   # or embedding: Fig. 5 by PCA
-EXPECT       python egscit.py: 7 minutes of a core, 18 of a busy one (seed 0, 200 test pairs): SSIM
-             to the truth 0.63 and 0.42 (flat paper 0.50, 0.24), papers right 0.93, inks 0.60 and
-             0.50. L_P of the truth is reached; in many pairs ink takes a third colour or breaks up.
-             (--lambda-GAN 30: 0.52 and 0.42 on val; with 10: 0.44 and 0.33 after 1000 steps.)
+EXPECT       python egscit.py: 7 minutes of a core, 18 of a busy one (seeds 0 to 2, 200 test pairs):
+             SSIM to the truth 0.55 to 0.63 and 0.34 to 0.42 (flat paper 0.50, 0.24), papers right
+             0.88 to 0.93, inks 0.43 to 0.60. L_P of the truth is reached; in many pairs ink takes a
+             third colour or breaks up. (On val, --lambda-GAN 30: 0.52 and 0.42; 10: 0.44 and 0.33.)
 """
 
 import argparse

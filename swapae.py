@@ -54,11 +54,11 @@ USAGE        python swapae.py                                 # toy world, score
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
              python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
-EXPECT       python swapae.py: 19 minutes of a slow core (seed 0, 40 test scenes): figure, ground
-             take the exemplar's hues, colour error 12 (copying the structure 36, colour transfer
-             20, in dark and light apart 4), the layout stays, outline error 0.08; but G paints
-             speckle everywhere, also from the true answer's codes: right in 0.31 of the regions,
-             those that are speckled. L_D 1.35, L_Dpatch 1.33 (chance 1.39).
+EXPECT       python swapae.py: 11 to 19 minutes of a core (seeds 0 to 2, 40 test scenes): figure
+             and ground take the exemplar's hues, colour error 12 to 17 (copying the structure 36,
+             colour transfer 20, in dark and light apart 4), layouts stay, outline error 0.07 to
+             0.10; but G paints speckle everywhere, also from the true answer's codes: right in
+             0.31 to 0.33 of the regions. L_D 1.28 to 1.35, L_Dpatch 1.29 to 1.33 (chance 1.39).
 """
 
 import argparse
