@@ -47,9 +47,9 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
 USAGE        python spade.py                                  # toy world, scores at the end
              python spade.py --data mydata [--input encoder]  # {train,test}_{img,label[,inst]}
              python spade.py --translate map.png --weights last.pt [--exemplar style.jpg]
-EXPECT       python spade.py: 10 minutes of a slow core, 8 more for the networks that score it (seed
-             0): colours within 8 grey levels of the truth in the own and in another's style (mean
-             colour per class 36), in z's own styles 14 (18); mIoU 64, below what flat colours
+EXPECT       python spade.py: 10 minutes of a slow core, 8 for the networks that score it (seeds 0
+             to 2): colours 9 grey levels from the truth in the own and in another's style (mean
+             colour per class 36), in z's own styles 14 (18); mIoU 60 to 65, below what flat colours
              get (84): grass and far trees are blurred. L_D 1.43 (chance 2), L_KLD 10: z is used.
 """
 
