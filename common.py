@@ -704,7 +704,7 @@ def load_file(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a broken file can raise anything
-        hint = "; convert it with torch.save" if Path(path).suffix == ".safetensors" else ""
+        hint = "; safetensors: convert it with torch.save" * (Path(path).suffix == ".safetensors")
         raise UserError(f"{path}: truncated, or not a file that can be loaded safely "
                         f"({type(error).__name__}{hint})") from None
     expect(not bomb, f"{path}: a compressed archive, not a file that torch.save wrote")
