@@ -369,7 +369,7 @@ def test_weights_as_others_wrap_them(tmp_path, wrap):
 
 def test_safetensors_are_named_and_compressed_archives_refused(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    with pytest.raises(UserError, match="w.safetensors: .*; safetensors: convert it with torch.save"):
+    with pytest.raises(UserError, match="w.safetensors: .*; safetensors: convert it with"):
         common.load_file(tmp_path / "w.safetensors")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("archive/data/0", bytes(9_000_000))
