@@ -61,7 +61,7 @@ class Table:
 BACKGROUND, OWN_PHOTO = "background error", "own photo as reference: VGG distance"
 BANK = ["--bank", "4096"]  # keys of 64 pictures, as the paper's 16,384 are, with 64 places for 256
 SEGMAP = ["--steps", "400", "--input", "segmap"]  # pix2pixHD++ has no use for a style
-COMPACT, TOY_RATES = ["--ngf", "12"], ["--lr-G", "1e-3", "--lr-D", "1e-3"]  # the two rates' mean
+COMPACT, TOY_RATES = ["--ngf", "12"], ["--lr-G", "1e-3", "--lr-D", "1e-3"]  # geometric mean
 TABLES = {
     "cycada.tab3.7": Table(
         "cycada", "Tab. 3.7 and the ICML paper's rows (paper: GTA5 -> Cityscapes, FCN8s)",

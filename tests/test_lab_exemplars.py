@@ -90,6 +90,11 @@ def test_copies_in_other_lights(clips, tmp_path):
         lights.main([str(clips), str(tmp_path / "lit")])
     with pytest.raises(common.UserError, match="found no"):
         lights.main([str(tmp_path / "lit/train_img"), str(tmp_path / "x")])
+    label = np.full((6, 8), 2, np.uint8)
+    label[:, 3:] = 255                                    # unlabelled: no number for bars
+    Image.fromarray(label).save(clips / "train_label/a_0.png")
+    assert lights.draw(clips, tmp_path / "odd", (5, 6), rows=1) == 5     # 0 to 2, bars, 255
+    assert set(np.unique(read("../odd/train_label/a@own/0.png"))) == {2, 3, 255}
     (clips / "train_label/a_1.png").unlink()
     with pytest.raises(common.UserError, match="a_1.png: expected a name CLIP_FRAME"):
         lights.main([str(clips), str(tmp_path / "y")])

@@ -8,8 +8,8 @@ simple other light, a clip of its own for `pix2pixsc.py --data OUT`. They also s
 answer is, on photographs: the map of CLIP@own/FRAME in the light of CLIP@dark is CLIP@dark/FRAME.
 
 DATA holds {train,val,test}_{img,label} with pictures CLIP_FRAME or CLIP/FRAME. --bars: black rows
-at the top and at the bottom, with a label of their own, the next after the largest: what is black
-in every light lets a normalised layer see how bright the rest is.
+at the top and at the bottom, with a label of their own, the next after the largest but 255: what
+is black in every light lets a normalised layer see how bright the rest is.
 """
 import argparse
 import re
@@ -41,8 +41,8 @@ def barred(array, rows, value):
 
 def draw(data, out, size, rows=0, every=1, lights=tuple(LIGHTS)):
     """Fill the folder `out` from `data` with pictures of `size` (W, H); see the top. every: test
-    and val keep one frame in so many. Returns the bars' label. `UserError` if pictures, label maps
-    or one of a pair are missing."""
+    and val keep one frame in so many. Returns how many labels there are then (pix2pixSC's --labels,
+    where 255 is the last). `UserError` if pictures, label maps or one of a pair are missing."""
     folders = [f for f in sorted(Path(data).glob("*_img")) if f.is_dir()]
     if not folders:
         raise common.UserError(f"{data}: found no {{train,val,test}}_{{img,label}}/")
@@ -50,8 +50,9 @@ def draw(data, out, size, rows=0, every=1, lights=tuple(LIGHTS)):
     for folder in folders:
         labels = folder.with_name(folder.name.removesuffix("img") + "label")
         maps[folder] = common.by_name(common.list_pictures(labels, True), labels)
-    bar = 1 + max(int(np.asarray(common.open_ids(m)).max()) for f in folders
-                  for m in maps[f].values())
+    ids = set().union(*(np.unique(common.open_ids(m)).tolist() for f in folders
+                        for m in maps[f].values()))
+    bar = 1 + max(ids - {255}, default=-1)
     for folder in folders:
         pictures = common.by_name(common.list_pictures(folder, True), folder)
         keep = sorted(pictures)[::1 if folder.name == "train_img" else every]
@@ -70,7 +71,7 @@ def draw(data, out, size, rows=0, every=1, lights=tuple(LIGHTS)):
                     path = Path(out, f"{split}_{kind}", f"{clip}@{light}", f"{frame}.png")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(barred(array, rows, value) if rows else array).save(path)
-    return bar
+    return bar + (rows > 0) + (255 in ids)
 
 
 def main(argv=None):
@@ -85,8 +86,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if Path(args.out).exists():
         raise common.UserError(f"{args.out}: exists, choose a new folder")
-    bar = draw(args.data, args.out, tuple(args.size), args.bars, args.every, args.only)
-    print(f"{args.out}: --labels {bar + (args.bars > 0)}")
+    labels = draw(args.data, args.out, tuple(args.size), args.bars, args.every, args.only)
+    print(f"{args.out}: --labels {labels}")
 
 
 if __name__ == "__main__":
