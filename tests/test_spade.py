@@ -363,6 +363,7 @@ def test_spade_is_eqs_2_1_to_2_3_and_paints_with_running_statistics():
     m = random_m(tiny_args(), 2, 24, 18)
     p = {f"layer.{name}": v for name, v in named(layer).items()}
     close([layer(h, m)], [naive_spade(p, "layer", h, m)])
+    close([layer.norm.running_mean], [0.1 * h.mean((0, 2, 3))])  # moved once, as PyTorch's default
     layer.norm.running_mean.fill_(2.0)
     layer.norm.running_var.fill_(9.0)
     layer.eval()
@@ -752,6 +753,17 @@ def test_an_exemplar_is_resized_as_training_pictures_are(folder, trained, tmp_pa
         tmp_path / "photo.png", "--out", tmp_path / "out")
     small = Image.fromarray(photo).resize((32, 32), Image.BICUBIC)
     close(seen, [common.to_tensor(small)[None]])
+
+
+def test_maps_to_be_painted_are_resized_to_nearest(folder, trained, tmp_path, monkeypatch):
+    seen, original = [], spade.paint
+    monkeypatch.setattr(spade, "paint", lambda nets, maps, z, args: (
+        seen.append(maps), original(nets, maps, z, args))[1])
+    label, inst = (folder / f"test_{kind}/0.png" for kind in ("label", "inst"))
+    run("--translate", label, "--weights", trained / "last.pt", "--inst", inst, "--out", tmp_path)
+    small, borders = (common.open_ids(f).resize((32, 32), Image.NEAREST) for f in (label, inst))
+    assert np.array_equal(seen[0][0][0], np.asarray(small))
+    assert torch.equal(seen[0][1][0], spade.border(borders))
 
 
 def test_translate_is_g_at_the_maps_sizes(folder, trained, tmp_path, capsys):
