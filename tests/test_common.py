@@ -494,6 +494,27 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("held", [1, 2, 3])
+def test_a_file_that_a_virus_scanner_holds_is_tried_again(tmp_path, monkeypatch, held):
+    tries, pauses, real = [], [], common.os.replace
+
+    def replace(*names):
+        tries.append(names)
+        if len(tries) <= held:
+            raise PermissionError("held")
+        real(*names)
+    monkeypatch.setattr(common.os, "replace", replace)
+    monkeypatch.setattr(common.time, "sleep", pauses.append)
+    if held < 3:
+        common.write_whole(tmp_path / "a", "text")
+        assert (tmp_path / "a").read_text() == "text"
+    else:
+        with pytest.raises(UserError, match="cannot write there .held"):
+            common.write_whole(tmp_path / "a", "text")
+        assert not list(tmp_path.iterdir())
+    assert len(tries) == min(held + 1, 3) and pauses == [0.1, 1][:held]
+
+
 # ---- 3. data sets -------------------------------------------------------------------------------
 
 
@@ -743,6 +764,9 @@ def test_flags_come_in_layers(tmp_path, monkeypatch):
     assert flags("--weights", "w.pt", "--out", "there").run_folder == "there"
     with pytest.raises(UserError, match=r"--resume: no checkpoint at runs.m-toy.last\.pt"):
         flags("--resume")
+    for here in (".", "./", "photos/.."):
+        assert Path(flags("--data", here).data).resolve() == tmp_path
+    assert flags("--data", ".").run_folder == str(Path(f"runs/m-{tmp_path}"))  # of a whole name
     write_checkpoint(Path("runs/m-toy/last.pt"), width=5, resume=False)
     args = flags("--resume")
     assert (args.width, args.blocks, args.resume) == (5, 4, True)
