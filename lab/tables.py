@@ -215,7 +215,7 @@ TABLES = {
                 ("pix2pixHD++", "pix2pixHD++ w/o Sync BatchNorm", "batch norm helps")]),
     "egscit.tab2": Table(
         "egscit", "Tab. 2: what EGSC-IT needs (paper: MNIST-Single, SSIM to the *exemplar*)",
-        score="x_AB: SSIM to the truth", flags=["--ngf", "16", "--steps", "800", "--pretrain", "300"],
+        flags="--ngf 16 --steps 800 --pretrain 300".split(), score="x_AB: SSIM to the truth",
         rows=[Row("UNIT", "unit", paper={"A to B": 0.178, "B to A": 0.074}),
               Row("without feature mask", "no_mask", paper={"A to B": 0.395, "B to A": 0.133}),
               Row("without AdaIN", "no_adain", paper={"A to B": 0.208, "B to A": 0.080}),
