@@ -614,7 +614,7 @@ def base_parser(doc):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="toy", help="'toy', a folder, or a known data set's name",
-        type=lambda name: name if Path(name).name else os.path.abspath(name))  # of "." the name
+        type=lambda name: name if Path(name).name else os.path.abspath(name))  # "." has none
     add("--out", help="run folder (runs/METHOD-DATA if not given), or that of translated pictures")
     add("--seed", type=int, default=0, help="seed of weights, data order and sampling")
     add("--device", help="cuda, mps or cpu (the first of these that is there)")

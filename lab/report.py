@@ -28,7 +28,7 @@ METHODS = {  # script: (method, paper, the data it needs, what the toy run shows
     "segin": ("SEGIN", "Huang et al., 2019", "sketches and photos",
               "a sketch, each part in the reference's colour, somewhat paler"),
     "egscit": ("EGSC-IT", "Ma et al., ICLR 2019", "two unpaired folders",
-               "digits in an exemplar's two colours; in many pairs one of them is wrong"),
+               "digits in an exemplar's two colours; many strokes break up"),
     "init": ("INIT, MUNIT", "Shen et al., CVPR 2019", "two unpaired folders and boxes",
              "days become nights in a reference's or a random light; blurred"),
     "swapae": ("Swapping Autoencoder", "Park et al., NeurIPS 2020", "one folder",
