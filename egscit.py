@@ -54,10 +54,10 @@ USAGE        python egscit.py                                  # toy digits, sco
              python egscit.py --data streets --task street     # trainA trainB testA testB
              python egscit.py --translate x.jpg --exemplar y.jpg --direction AtoB --weights last.pt
              python -m lab.figures egscit masks --weights last.pt   # or embedding: Fig. 5 by PCA
-EXPECT       python egscit.py: 7 minutes of a core, 18 of a busy one (seeds 0 to 2, 200 test pairs):
-             SSIM to the truth 0.55 to 0.63 and 0.34 to 0.42 (flat paper 0.50, 0.24), papers right
-             0.88 to 0.93, inks 0.43 to 0.60. L_P of the truth is reached; in many pairs ink takes a
-             third colour or breaks up (val: --lambda-GAN 30 0.52, 0.42; 10, 1000 steps 0.44, 0.33).
+EXPECT       python egscit.py: 9 minutes of a core, 12 of a busy one (seeds 0 to 2, 200 test pairs):
+             SSIM to the truth 0.64 to 0.68 and 0.46 to 0.55 (flat paper 0.50, 0.24), papers right
+             0.91 to 0.94, inks 0.62 to 0.76. L_P of the truth is reached; what fails is strokes,
+             of digits that are to be brighter than their paper and were darker, or the reverse.
 """
 
 import argparse
@@ -95,8 +95,8 @@ SMALL = {  # a CPU's share; no term of Eq. (3) differs
     "small": True,
     "steps": 1600, "pretrain": 300, "batch": 4,            # short: so D learns in every step, ...
     "g_updates": 1, "ngf": 32, "ndf": 32,                  # ... narrow, at fifty times the rate
-    # WHY: 1e-3 is as good, but left G_B saturated for 1,000 of 1,600 steps with one seed of five
-    # (L_D_B 0.02); 5e-4 with none of five
+    # WHY: 1e-3 is as good, but one seed of five had a saturated G_B for 300 steps (L_D_B 0.02) and
+    # was ill for 1,100; with 5e-4 none of five
     "lr": 5e-4,
     "d_layers": 3, "d_norm": False, "init": "xavier",      # D keeps absolute colours
     # WHY: with UNIT's 0.1, digits that are to be darker than their paper and were brighter, or the
