@@ -436,11 +436,14 @@ def write_whole(path, content):
                 content(f)
             f.flush()
             os.fsync(f.fileno())
-        for wait in (0.1, 1, 0):  # Windows: a virus scanner may hold either for a moment
-            with contextlib.suppress(*[PermissionError] * (wait > 0)):
+        for wait in (0.1, 1, None):  # Windows: a virus scanner may hold either for a moment
+            try:
                 os.replace(scratch, path)
                 break
-            time.sleep(wait)
+            except PermissionError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         raise UserError(f"--out {scratch.parent}: cannot write there ({error})") from None
     finally:
@@ -567,7 +570,8 @@ def entry(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:  # a data-loader worker wraps it in a traceback: keep the last line
-        lines = str(error).strip().splitlines()[-1 if "Traceback" in str(error) else 0:]
+        lines = str(error).strip().splitlines()
+        lines = lines[-1:] if "Traceback" in str(error) else lines
         message = " ".join(lines).removeprefix("common.UserError: ")
         time.sleep(9 * (os.environ.get("RANK", "0") != "0"))  # torchrun: the first one says it
     except BrokenPipeError:  # who read the output is gone, as after `| head -1`
@@ -665,8 +669,8 @@ def parse_flags(p, argv, method, presets, run_name, channels_last=True):
               + ", ".join(f"{name} {getattr(args, name)}" for name in preset))
     low, high = args.range or (0, 1)
     expect(low < high, f"--range {low:g} {high:g}: a smaller and a larger value")
-    trained = math.inf if saved and not config else max(  # not known of the authors' files
-        np.max(vars(args).get(name) or 0) for name in ("size", "load", "scale"))
+    trained = max(np.max(vars(args).get(name) or 0) for name in ("size", "load", "scale"))
+    trained = trained if config or not saved else math.inf  # not known of the authors' files
     globals().update(GREY=args.range, SIDE=args.side, TRAINED=trained)
     if args.channels_last is None:
         args.channels_last = channels_last or pick_device(args.device).type != "cpu"

@@ -58,6 +58,7 @@ EXPECT       python egscit.py: 9 minutes of a core, 12 of a busy one (seeds 0 to
              SSIM to the truth 0.64 to 0.68 and 0.46 to 0.55 (flat paper 0.50, 0.24), papers right
              0.91 to 0.94, inks 0.62 to 0.76. L_P of the truth is reached; what fails is strokes,
              of digits that are to be brighter than their paper and were darker, or the reverse.
+             D_A and D_B stay near their chance (0.24, 0.23; 0.25), as do GAN_A and GAN_B (0.29).
 """
 
 import argparse
@@ -104,7 +105,7 @@ SMALL = {  # a CPU's share; no term of Eq. (3) differs
     # with 30 0.60, 0.49; ngf 16 and lr 1e-3)
     "lambda_KL": 10.0,
     # WHY: with UNIT's 10, ink and paper still change places in half of the pairs after 1,000 steps
-    # (SSIM to the truth 0.44 and 0.33 on val)
+    # (SSIM to the truth 0.44 and 0.33 on val; ngf 16, lambda_KL 0.1)
     "lambda_GAN": 100.0,
     # WHY: with these weights L_P of the truth (20), of the input (26) and of exchanged colours (28)
     # on --vgg digits are near those that a real VGG-16 has with the authors' weights (19, 26, 22)

@@ -131,7 +131,8 @@ def test_the_small_preset_is_that_of_toy_and_mnist_and_keeps_the_terms():
     for name in ("eta", "lambda_rec", "lambda_cyc", "downs", "blocks"):
         assert getattr(toy_args, name) == getattr(paper, name)
     assert toy_args.lambda_s / toy_args.lambda_c == paper.lambda_s / paper.lambda_c
-    assert egscit.get_args(["--data", "toy-multiple"]).size == 112
+    boards = egscit.get_args(["--data", "toy-multiple"])
+    assert boards.size == 112 and (toy_args.lambda_KL, boards.lambda_KL) == (10, paper.lambda_KL)
 
 
 def count(*nets):

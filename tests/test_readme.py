@@ -75,7 +75,7 @@ def test_budgets():
     """The laboratory stays small beside the methods, and a test is no longer than what it tests."""
     lines = {f.relative_to(ROOT).as_posix(): len(f.read_text(encoding="utf-8").splitlines())
              for pattern in ("*.py", "lab/*.py", "tests/*.py") for f in ROOT.glob(pattern)}
-    assert lines["common.py"] <= 1072
+    assert lines["common.py"] <= 1076
     assert lines.pop("lab/app.py") <= 402
     assert sum(n for name, n in lines.items() if name.startswith("lab/")) <= 2900
     for name in ("cut", "cyclegan", "sincut"):

@@ -154,3 +154,13 @@ def test_L_P_points_at_the_truth(tmp_path, digits, capsys):
             "swapped": torch.where(ink, paper, colour)}, args)[2]
         others = {k: v for k, v in L_P["trivial"].items() if k != "copy the exemplar"}
         assert L_P["value"] < 0.9 * min(others.values()), others
+    args = egscit.get_args(["--data", "toy-multiple"])  # boards need other weights
+    (tmp_path / "boards").mkdir()
+    toy_digits.draw_multiple(tmp_path / "boards", 4, 112, 0, n_test=6)
+    test = egscit.test_set(egscit.get_args(
+        ["--data", str(tmp_path / "boards"), "--task", "mnist-multiple"]), 6)
+    for way in ("AB", "BA"):
+        answers = {"": test[f"x_{way}"], "copy the input": test[f"x_{way[0]}"],
+                   "copy the exemplar": test[f"x_{way[1]}"]}
+        L_P = egscit.perceptual_scores(vgg, answers, args)[2]
+        assert L_P["value"] < 0.9 * L_P["trivial"]["copy the input"], L_P
