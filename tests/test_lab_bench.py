@@ -134,4 +134,4 @@ def test_an_unknown_method_is_one_line(monkeypatch):
 def test_the_flags_of_every_row_are_the_scripts(script):
     for _, flags in bench.ROWS[script]:
         args = importlib.import_module(script).get_args([*flags, "--data", "."])
-        assert args.data == "."
+        assert Path(args.data).resolve() == Path.cwd()
