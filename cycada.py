@@ -27,7 +27,7 @@ OBJECTIVE    Eq. (3.10) L_task(f_S, X_S, Y_S) = -E sum_k 1[k = y_s] log softmax_
                               + L_task(f_S, G_ST(X_S), p(f_S, X_S)), an option
              Eq. (3.14) L = L_task(f_T, G_ST(X_S), Y_S)                               (stage task)
                           + L_GAN(G_ST, D_T, X_T, X_S) + L_GAN(G_TS, D_S, X_S, X_T)
-                          + L_cyc                                                    (stage pixel)
+                          + L_cyc, run as lambda_cyc L_cyc + lambda_sem L_sem        (stage pixel)
              Eq. (3.15) f_T* = arg min_f_T min_(G_ST, G_TS) max_(D_S, D_T) L
              Fig. 3.33  L_GAN(f_T, D_feat, f_S(G_ST(X_S)), X_T), drawn and without an equation, is
                         the ICML paper's: f_T maximises E log D_feat(f_T(x_t)) (stage feature)
@@ -47,8 +47,6 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              One script of the code has an identity loss and drop-out in G: neither is here.
              Not given: how long the CycleGAN learns. 500,000 steps are 20 epochs of GTA5's 24,966
              pictures; CycleGAN's own 200 epochs would be 5 million.
-             The printed fwIoU lacks the weight t_i; here as in the code. A class that is absent
-             and never predicted has IoU 0 (code), and counts in mIoU.
 
 USAGE        python cycada.py                                     # toy world, table at the end
              python cycada.py --data gta2cityscapes --classes gta5    # folders: LAYOUT, below
@@ -84,7 +82,7 @@ from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError, full
 
 LAYOUT = ("source_img/ source_label/ target_img/ and, for the scores, test_img/ test_label/ and, "
           "for the oracle, target_label/; label maps are one-channel pictures named like theirs")
-KNOWN = {}  # GTA5 comes in twenty archives, Cityscapes after registration
+
 
 # ==== 1. Configuration ========================================================================
 
@@ -102,9 +100,11 @@ TOY = {
     "ngf": 16, "ndf": 16, "blocks": 4,                  # ... so narrower and shallower
     "antialias_D": True, "d_layers": 2,                 # D sees 40 of 64 pixels, not all of them
     "task_model": "small", "task_weights": "random",    # the same for the task models
-    "task_load": 64, "task_size": 64, "task_batch": 8, "task_steps": 400, "task_lr": 0.1,
-    "task_momentum": 0.9, "task_decay_from": 0.3, "feature_lr": 1e-2, "feature_steps": 200,
-    "workers": 0, "sample_every": 500,
+    "task_load": 64, "task_size": 64, "task_batch": 8,  # whole toy pictures; few of them, so ...
+    "task_steps": 400, "task_lr": 0.1, "task_momentum": 0.9,    # ... a higher rate, ...
+    "task_decay_from": 0.3,                                     # ... which falls early
+    "feature_lr": 1e-2, "feature_steps": 200,                   # as short as the others
+    "workers": 0, "sample_every": 500,                  # 64 pixels are read at once
     "classes": ["sky", "hill", "ground", "trunk", "leaves", "grass", "animal"]}
 
 
@@ -168,27 +168,28 @@ def get_args(argv=None):
     if args.task_size is not None and not 16 <= args.task_size <= args.task_load:
         raise UserError(f"--task-size {args.task_size}: must be from 16 to --task-load "
                         f"{args.task_load}")
-    if args.size < 2 ** (args.d_layers + 2):
+    if args.size < 3 * 2**args.d_layers:
         raise UserError(f"--d-layers {args.d_layers}: D has no pixel left of --size {args.size}; "
-                        f"expected at most {args.size.bit_length() - 3}")
-    if args.task_weights == "imagenet" and args.task_model == "drn26":
-        raise UserError("--task-weights imagenet: for --task-model drn26 give a FILE, the DRN "
-                        "authors' drn_c_26, or random")
+                        f"expected at most {(args.size // 3).bit_length() - 1}")
+    if args.task_weights == "imagenet" and args.task_model != "fcn8s":
+        raise UserError(f"--task-weights imagenet: for --task-model {args.task_model} give random "
+                        "or, for drn26, a FILE, the DRN authors' drn_c_26")
     class_ids(args)
     return args
 
 
 def class_ids(args):
     """{class name: its id in label files} in the order of classes 0, 1, ...; `UserError`."""
-    pairs = [(name.partition("=")[0], name.partition("=")[2] or str(k))
-             for k, name in enumerate(args.classes)]
-    if wrong := [i for _, i in pairs if not i.isdecimal() or int(i) > 65535]:
-        raise UserError(f"--classes: {wrong[0]} is no id; expected names, or name=id with ids from "
-                        "0 to 65535")
-    found = {name: int(i) for name, i in pairs}
-    if not len({*found.values()}) == len(found) == len(pairs) <= 255:
-        raise UserError("--classes: each name and each id once, 255 at most")
-    return found
+    ids = {}
+    for k, given in enumerate(args.classes):
+        name, _, i = given.partition("=")
+        i = i or str(k)
+        common.expect(i.isdecimal() and int(i) < 65536, f"--classes: {i} is no id; expected names, "
+                      "or name=id with ids from 0 to 65535")
+        common.expect(k < 255 and name not in ids and int(i) not in ids.values(),
+                      "--classes: each name and each id once, 255 at most")
+        ids[name] = int(i)
+    return ids
 
 
 def run_name(args):
@@ -247,21 +248,10 @@ class ResnetGenerator(nn.Module):  # same as cyclegan.py: ResnetGenerator
         return self.layers(x)
 
 
-class BilinearUp(nn.Module):
-    """Fixed bilinear upsampling as a transposed convolution without padding (Long et al. 2015).
-
-    (B, C, h, w) -> (B, C, f (h + 1), f (w + 1)) for a factor f.
-    """
-
-    def __init__(self, factor):
-        super().__init__()
-        row = 1 - (torch.arange(2 * factor) - (factor - 0.5)).abs() / factor
-        self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
-        self.factor = factor
-
-    def forward(self, x):
-        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        return F.conv_transpose2d(x, kernel, stride=self.factor, groups=x.shape[1])
+def bilinear_up(x, f):
+    """(B, C, h, w) -> (B, C, f (h + 1), f (w + 1)), beyond the border zeros (Long et al. 2015)."""
+    x = F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=f, mode="bilinear")
+    return x[:, :, f // 2:-f // 2, f // 2:-f // 2]
 
 
 class FCN8s(nn.Module):
@@ -284,7 +274,7 @@ class FCN8s(nn.Module):
             nn.Conv2d(4096, 4096, 1), nn.ReLU(inplace=True), nn.Dropout2d(0.5),
             nn.Conv2d(4096, classes, 1))
         self.score_pool4, self.score_pool3 = (nn.Conv2d(c, classes, 1) for c in (512, 256))
-        self.up2, self.up8 = BilinearUp(2), BilinearUp(8)
+
         for conv in [layer for layer in self.modules() if hasattr(layer, "weight")]:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
@@ -297,17 +287,17 @@ class FCN8s(nn.Module):
         def cropped(x, like, offset):
             return x[:, :, offset:offset + like.shape[2], offset:offset + like.shape[3]]
 
-        h, w = x.shape[2:]
+        H, W = x.shape[2:]
         x = ((x + 1) / 2 - self.mean) / self.std      # the input range of ImageNet's networks
         x = F.pad(x, (99, 99, 99, 99))                # room for the unpadded 7x7 of the head
-        pool3 = self.features[:17](x)                                   # (B, 256, h, w), H/8 + 25
+        pool3 = self.features[:17](x)                              # (B, 256, h, w), h = H/8 + 25
         pool4 = self.features[17:24](pool3)                             # (B, 512, h/2, w/2)
         pool5 = self.features[24:](pool4)                               # (B, 512, h/4, w/4)
-        score = self.up2(self.head(pool5))                              # (B, classes, h', w')
+        score = bilinear_up(self.head(pool5), 2)                        # (B, classes, h', w')
         score = score + cropped(self.score_pool4(0.01 * pool4), score, 5)
-        score = self.up2(score)                                         # (B, classes, h'', w'')
+        score = bilinear_up(score, 2)                                   # (B, classes, h'', w'')
         score = score + cropped(self.score_pool3(0.0001 * pool3), score, 9)
-        return self.up8(score)[:, :, 31:31 + h, 31:31 + w]              # (B, classes, H, W)
+        return bilinear_up(score, 8)[:, :, 31:31 + H, 31:31 + W]        # (B, classes, H, W)
 
     def load_imagenet(self, state):
         """Fill all but the scores from torchvision's VGG16; its linear layers become the head."""
@@ -324,13 +314,13 @@ class SmallFCN(nn.Module):
     def __init__(self, classes):
         super().__init__()
 
-        def block(a, b):
-            return nn.Sequential(*[layer for c in (a, b) for layer in (
-                nn.Conv2d(c, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
-                nn.ReLU(inplace=True))])
+        def conv(a, b):
+            return [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
+                    nn.ReLU(inplace=True)]
 
         widths = (3, 16, 32, 64, 64)
-        self.blocks = nn.ModuleList(block(a, b) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(nn.Sequential(*conv(a, b), *conv(b, b))
+                                    for a, b in pairwise(widths))
         self.scores = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in widths[1:])
 
     def forward(self, x):
@@ -341,12 +331,9 @@ class SmallFCN(nn.Module):
         return total                                                    # (B, classes, H, W)
 
 
-def drn26(classes):
-    """Tab. 3.8 B: dilated residual network (Yu et al. 2017), 20.62 M parameters."""
-    return common.lab("segmenters", "--task-model drn26").DRN26(classes)
-
-
-TASK_MODELS = {"fcn8s": FCN8s, "drn26": drn26, "small": SmallFCN}
+TASK_MODELS = {  # Tab. 3.8 A; B, a dilated residual network (Yu et al. 2017)
+    "fcn8s": FCN8s, "small": SmallFCN,
+    "drn26": lambda classes: common.lab("segmenters", "--task-model drn26").DRN26(classes)}
 
 
 def task_model(args, weights="random"):
@@ -375,31 +362,13 @@ class ScoreDiscriminator(nn.Module):
             nn.Conv2d(classes, 512, 1), nn.Dropout2d(0.5), nn.ReLU(inplace=True),
             nn.Conv2d(512, 256, 1), nn.Dropout2d(0.5), nn.ReLU(inplace=True),
             nn.Conv2d(256, 2, 1))
-        # What gates f_T belongs into last.pt: the last 100 accuracies, how many there were in all,
-        # and at which of them f_T has learnt last.
-        self.register_buffer("accuracies", torch.zeros(100))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-        self.register_buffer("last_update", torch.zeros((), dtype=torch.long))
 
     def forward(self, scores):
         return self.layers(scores)
 
-    def may_teach(self, accuracy, gate):
-        """Note an accuracy (0-d); whether the mean of the last 100 is above the gate."""
-        if dist.is_initialized():  # all processes must come to the same decision
-            dist.all_reduce(accuracy)
-            accuracy /= dist.get_world_size()
-        self.accuracies[self.seen % 100] = accuracy
-        self.seen += 1
-        opened = bool(self.accuracies.sum() / self.seen.clamp(max=100) > gate)
-        if opened:
-            self.last_update.copy_(self.seen)
-        return opened
-
 
 def build(args, device):
-    """Stage pixel: G_ST, G_TS, D_S, D_T, an Adam for both G, one for both D, and two buffers; for
-    Eq. (3.13) also an f_S, fixed, which `train_pixel` fills."""
+    """Stage pixel: G_ST, G_TS, D_S, D_T, an Adam for both G, one for both D, and two buffers."""
     torch.manual_seed(args.seed)
     nets = SimpleNamespace(
         G_ST=ResnetGenerator(args.ngf, args.blocks, args.antialias_G),
@@ -417,8 +386,6 @@ def build(args, device):
     nets.opt_G = adam([*nets.G_ST.parameters(), *nets.G_TS.parameters()])
     nets.opt_D = adam([*nets.D_S.parameters(), *nets.D_T.parameters()])
     nets.pool_S, nets.pool_T = HistoryBuffer(POOL, device), HistoryBuffer(POOL, device)
-    if args.lambda_sem > 0:
-        nets.f_S = task_model(args).to(device).eval().requires_grad_(False)
     return nets
 
 
@@ -482,6 +449,32 @@ class HistoryBuffer:  # same as cyclegan.py: HistoryBuffer
 
     def load_state_dict(self, state):
         self.pictures = [picture.to(self.device) for picture in state["pictures"]]
+
+
+class Gate:
+    """CHOICE (code): f_T learns from D_feat only while that can tell the domains apart, which is to
+    say while the mean of its last 100 accuracies is above --feature-gate."""
+
+    def __init__(self):
+        self.accuracies, self.seen, self.last_update = [], 0, 0  # the steps: all, f_T's last one
+
+    def opens(self, accuracy, least):
+        """Note an accuracy (0-d); whether f_T may learn."""
+        if dist.is_initialized():  # all processes must come to the same decision
+            dist.all_reduce(accuracy)
+            accuracy /= dist.get_world_size()
+        self.accuracies = [*self.accuracies[-99:], float(accuracy)]
+        self.seen += 1
+        opened = sum(self.accuracies) / len(self.accuracies) > least
+        self.last_update = self.seen if opened else self.last_update
+        return opened
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        self.accuracies = [float(accuracy) for accuracy in state["accuracies"]]
+        self.seen, self.last_update = int(state["seen"]), int(state["last_update"])
 
 
 # ==== 4. Data =================================================================================
@@ -568,9 +561,6 @@ class Unpaired(torch.utils.data.Dataset):
             sample += resized([im], w, h, args.size, rng)
         return sample
 
-    def __len__(self):
-        return len(self.source)
-
 
 class Labelled(torch.utils.data.Dataset):
     """For task models: `self[n]` is the n-th training sample, x (3, h, w) and y (h, w).
@@ -582,6 +572,7 @@ class Labelled(torch.utils.data.Dataset):
 
     def __init__(self, pairs, args, target=()):
         self.pairs, self.args, self.target = pairs, args, target
+        # (w, h) of the first label map and of the first x_t
         self.first = [common.opened(f, size_only=True) for f in (pairs[0][1], *target[:1])]
 
     def tensors(self, images, first, rng):
@@ -608,7 +599,8 @@ class Labelled(torch.utils.data.Dataset):
 def data_folder(args):
     def draw_toy():
         return common.lab("toy", "--data toy").ensure("synthetic2real", args.size)
-    return common.find_data(args.data, LAYOUT, KNOWN, draw_toy)
+    # GTA5 comes in twenty archives, Cityscapes after registration: no name is known
+    return common.find_data(args.data, LAYOUT, {}, draw_toy)
 
 
 # ==== 5. One training step ====================================================================
@@ -633,15 +625,16 @@ def train_step(nets, x_s, x_t, args, rng):
         L_GAN_ST = lsgan(D_T(x_st), 1.0)                              # Eq. (3.11), for G_ST
         L_GAN_TS = lsgan(D_S(x_ts), 1.0)                              # Eq. (3.11), for G_TS
     L_cyc = cycle_loss(x_s, x_sts) + cycle_loss(x_t, x_tst)           # Eq. (3.12)
-    L = L_GAN_ST + L_GAN_TS + args.lambda_cyc * L_cyc                 # Eq. (3.14) less f_T's term
-    losses = {"L_GAN_ST": L_GAN_ST, "L_GAN_TS": L_GAN_TS, "L_cyc": L_cyc}
+    losses, L_sem = {"L_GAN_ST": L_GAN_ST, "L_GAN_TS": L_GAN_TS, "L_cyc": L_cyc}, 0.0
     if args.lambda_sem > 0:                           # f_S shall read the same before and after
         f_S = nets.f_S
         with autocast():
             L_sem_T = task_loss(f_S(x_ts), hard_labels(f_S, x_t))     # Eq. (3.13), first term
             L_sem_S = task_loss(f_S(x_st), hard_labels(f_S, x_s))     # Eq. (3.13), second term
-        L = L + args.lambda_sem * (L_sem_T + L_sem_S)
+        L_sem = L_sem_T + L_sem_S
         losses |= {"L_sem_T": L_sem_T, "L_sem_S": L_sem_S}
+    L = (L_GAN_ST + L_GAN_TS + args.lambda_cyc * L_cyc                # Eq. (3.14) less f_T's term,
+         + args.lambda_sem * L_sem)                                   # and Eq. (3.13), the option
     nets.opt_G.zero_grad()
     L.backward()
     nets.opt_G.step()                                                 # Eq. (3.15), min over both G
@@ -649,9 +642,10 @@ def train_step(nets, x_s, x_t, args, rng):
     # ---- arg max over D_S and D_T: tell real pictures from translated ones, new and old -------
     for D in (D_S, D_T):
         D.requires_grad_(True)
-    with autocast():
-        L_D_T = (lsgan(D_T(x_t), 1.0) + lsgan(D_T(nets.pool_T.exchange(x_st, rng)), 0.0)) / 2
-        L_D_S = (lsgan(D_S(x_s), 1.0) + lsgan(D_S(nets.pool_S.exchange(x_ts, rng)), 0.0)) / 2
+    shown_T, shown_S = nets.pool_T.exchange(x_st, rng), nets.pool_S.exchange(x_ts, rng)
+    with autocast():                                  # CHOICE (code): halved, which Adam ignores
+        L_D_T = (lsgan(D_T(x_t), 1.0) + lsgan(D_T(shown_T), 0.0)) / 2         # Eq. (3.11), for D_T
+        L_D_S = (lsgan(D_S(x_s), 1.0) + lsgan(D_S(shown_S), 0.0)) / 2         # Eq. (3.11), for D_S
     nets.opt_D.zero_grad()
     (L_D_T + L_D_S).backward()
     nets.opt_D.step()                                                 # Eq. (3.15), max over both D
@@ -695,7 +689,7 @@ def feature_step(nets, x_st, y_s, x_t, args):
                 + (logits_t.argmax(1) == TARGET).float().mean()) / 2
     losses = {"L_D_feat": L_D_feat, "accuracy": accuracy, "L_task": task_loss(scores_s, y_s),
               "L_GAN_feat": domain_loss(logits_t, SOURCE)}
-    if not D_feat.may_teach(accuracy, args.feature_gate):
+    if not nets.gate.opens(accuracy, args.feature_gate):
         return losses | {"updated": torch.zeros_like(accuracy)}
 
     # ---- f_T: target scores shall look like the source's, and source labels still be found -----
@@ -738,8 +732,7 @@ def set_aside(stages, run):
     """Give what these stages have learnt other names before a --resume can take it for done: all
     of it or, where another run is writing, nothing (`UserError`)."""
     if run.rank == 0:  # the others wait in `begin`
-        folders = [run.folder / stage for stage in stages]
-        folders = [folder for folder in folders if (folder / "last.pt").exists()]
+        folders = [f for f in map(run.folder.joinpath, stages) if (f / "last.pt").exists()]
         for folder in folders:
             common.locked(folder).close()
         for folder in folders:
@@ -765,7 +758,7 @@ def network(path, name, args, device):
     if not Path(path).exists():
         raise UserError(f"{path}: not there; --stage {Path(path).parent.name} comes first")
     state = common.load_checkpoint(path, "cycada")
-    its = argparse.Namespace(**vars(args) | {name: state["config"].get(name) for name in (
+    its = argparse.Namespace(**vars(args) | {flag: state["config"].get(flag) for flag in (
         "ngf", "blocks", "antialias_G", "task_model", "classes")})
     if name[0] == "f" and its.classes != args.classes:
         raise UserError(f"{path}: its --classes were {its.classes}, now they are {args.classes}")
@@ -776,7 +769,8 @@ def network(path, name, args, device):
 
 
 def sgd(net, args, lr):
-    return torch.optim.SGD(net.parameters(), lr=lr, momentum=args.task_momentum, weight_decay=5e-4)
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=args.task_momentum,
+                           weight_decay=5e-4)  # (code)
 
 
 def train_pixel(stage, data, args):
@@ -823,11 +817,11 @@ def train_feature(stage, data, args):
     torch.manual_seed(args.seed)
     D_feat = ScoreDiscriminator(len(args.classes)).to(run.device)
     nets = SimpleNamespace(f_T=f_T, D_feat=D_feat, opt_f=sgd(f_T, args, args.feature_lr),
-                           opt_D=sgd(D_feat, args, args.feature_lr))
+                           opt_D=sgd(D_feat, args, args.feature_lr), gate=Gate())
     run.resume_or_start(vars(nets))
     samples = Labelled(pairs, args, [picture for picture, _ in data["target"]])
     for step, (x_st, y_s, x_t) in run.steps(samples, args.feature_steps):
-        if step - int(D_feat.last_update) >= len(samples):            # CHOICE (code)
+        if step - nets.gate.last_update >= len(samples):              # CHOICE (code)
             print(f"stopped at step {step}: f_T has learnt nothing for {len(samples)} steps, as "
                   "D_feat cannot tell the domains apart")
             break
@@ -840,20 +834,20 @@ def train_feature(stage, data, args):
 
 @torch.no_grad()
 def translated_pairs(source, args, run):
-    """(G_ST(X_S), Y_S) of Eq. (3.14): every x_s as translated/NAME.png, made once and made anew if
-    G_ST or x_s is newer or it is not --load wide, with its old label map."""
-    folder, weights = Path(args.run_folder, "translated"), Path(args.run_folder, "pixel/last.pt")
-    G_ST = network(weights, "G_ST", args, run.device)
+    """(G_ST(X_S), Y_S) of Eq. (3.14): every x_s as pixel/translated/NAME.png, made once and made
+    anew if G_ST or x_s is newer or it is not --load wide, with its old label map."""
+    weights = Path(args.run_folder, "pixel/last.pt")
+    folder, G_ST = weights.parent / "translated", network(weights, "G_ST", args, run.device)
     pairs = [(folder / f"{picture.stem}.png", label) for picture, label in source]
     folder.mkdir(exist_ok=True)
     for n in range(run.rank, len(source), run.world):
-        target = pairs[n][0]
-        newest = max(f.stat().st_mtime for f in (weights, source[n][0]))
-        if (not target.exists() or target.stat().st_mtime < newest
-                or common.opened(target, size_only=True)[0] != args.load):
-            x_s = opened(source[n][0], args.load).to(run.device)      # (1, 3, H, W)
+        file_s, file_st = source[n][0], pairs[n][0]
+        newest = max(f.stat().st_mtime for f in (weights, file_s))
+        if (not file_st.exists() or file_st.stat().st_mtime < newest
+                or common.opened(file_st, size_only=True)[0] != args.load):
+            x_s = picture_tensor(file_s, args.load).to(run.device)    # (1, 3, H, W)
             x_st = common.to_pil(translate(G_ST, x_s, args)[0])
-            common.write_whole(target, functools.partial(x_st.save, format="PNG"))
+            common.write_whole(file_st, functools.partial(x_st.save, format="PNG"))
     return pairs
 
 
@@ -885,7 +879,7 @@ def segment(f, x, args, size=None):
     return F.interpolate(scores, size=size, mode="bilinear").argmax(1)
 
 
-def opened(path, width=None):
+def picture_tensor(path, width=None):
     """A picture as (1, 3, H, W), resized to a width."""
     im = common.open_rgb(path)
     width = width or im.width
@@ -893,11 +887,12 @@ def opened(path, width=None):
                                       Image.BICUBIC))[None]
 
 
-def shown(pairs, width=None, limit=6):
-    """Some of the pairs, evenly spaced as neighbours are often frames of one video, and their
+def shown(pairs, width):
+    """Six of the pairs, evenly spaced as neighbours are often frames of one video, and their
     pictures (n, 3, H, W), all of the first one's size."""
-    pairs = pairs[::max(1, len(pairs) // limit)][:limit]
-    x = [opened(picture, width) for picture, _ in pairs]
+    n = min(6, len(pairs))
+    pairs = [pairs[i * len(pairs) // n] for i in range(n)]
+    x = [picture_tensor(picture, width) for picture, _ in pairs]
     return pairs, torch.cat([F.interpolate(one, x[0].shape[2:], mode="bilinear") for one in x])
 
 
@@ -916,7 +911,8 @@ def label_columns(nets, data, args, device):
     columns = {"x_t": x} | {name: colours(segment(f, x.to(device), args), N)
                             for name, f in nets.items()}
     if pairs[0][1]:
-        truth = [open_label(y, args).resize(x.shape[:1:-1], Image.NEAREST) for _, y in pairs]
+        size = (x.shape[3], x.shape[2])
+        truth = [open_label(y, args).resize(size, Image.NEAREST) for _, y in pairs]
         columns["truth"] = colours(torch.from_numpy(np.stack(truth)).long(), N)
     return columns
 
@@ -938,54 +934,58 @@ def confusion(predicted, y, N):
     return torch.bincount(N * y[known] + predicted[known], minlength=N * N).view(N, N)
 
 
-def metrics(n):
-    """Sec. 3.4.3 from n (N, N): {'IoU': (N), 'mIoU', 'fwIoU', 'pixel acc.'} in per cent."""
+def metrics(n, names):
+    """Sec. 3.4.3 from n (N, N): {'mIoU', 'fwIoU', 'pixel acc.', 'IoU of NAME'} in per cent."""
     n = n.double()
     t, n_ii = n.sum(1), n.diagonal()
+    # CHOICE (code): fwIoU has the weight t_i that the print lacks; a class that is neither there
+    # nor predicted has IoU 0, and counts in mIoU
     IoU = 100 * n_ii / (t + n.sum(0) - n_ii).clamp(min=1)
-    return {"IoU": IoU, "mIoU": IoU.mean(), "fwIoU": (t * IoU).sum() / t.sum(),
-            "pixel acc.": 100 * n_ii.sum() / t.sum()}
+    return {"mIoU": IoU.mean(), "fwIoU": (t * IoU).sum() / t.sum(),
+            "pixel acc.": 100 * n_ii.sum() / t.sum(),
+            **{f"IoU of {name}": v for name, v in zip(names, IoU, strict=True)}}
 
 
 def row_of_table(f, pairs, args, device):
     """The scores of f on the test pictures: a row of Tab. 3.7, beside a constant answer's."""
-    N = len(args.classes)
-    n, constant = torch.zeros(2, N, N, dtype=torch.long)
+    if not pairs:
+        return []
+    names = class_ids(args)
+    n = torch.zeros(len(names), len(names), dtype=torch.long)
     for picture, label in pairs:
-        y = torch.from_numpy(np.array(open_label(label, args))).long()[None]   # (1, H, W)
-        n += confusion(segment(f, opened(picture).to(device), args, y.shape[1:]).cpu(), y, N)
+        y = torch.from_numpy(np.array(open_label(label, args))).long()[None]          # (1, H, W)
+        x = picture_tensor(picture).to(device)                                     # (1, 3, H, W)
+        n += confusion(segment(f, x, args, y.shape[1:]).cpu(), y, len(names))
+    constant = torch.zeros_like(n)
     constant[:, n.sum(1).argmax()] = n.sum(1)
-    found, trivial = metrics(n), metrics(constant)
-    for m in (found, trivial):
-        m |= {f"IoU of {name}": v for name, v in zip(class_ids(args), m.pop("IoU"), strict=True)}
+    trivial = metrics(constant, names)
     return [{"name": name, "value": float(value), "better": "higher",
              "trivial": {"most frequent class": float(trivial[name])}}
-            for name, value in found.items()] if pairs else []
+            for name, value in metrics(n, names).items()]
 
 
 def result_of(stage, args):
     """The result.json of a stage, or one of no steps."""
-    path = Path(args.run_folder, stage, "result.json")
-    return json.loads(path.read_text()) if path.exists() else {"steps": 0, "scores": []}
+    path, nothing = Path(args.run_folder, stage, "result.json"), {"steps": 0, "seconds": 0.0}
+    return json.loads(path.read_text()) if path.exists() else nothing | {"scores": []}
 
 
 def report(run, args):
     """Tab. 3.7: the scores of the last stage that was asked for (the oracle's only if it was alone)
     beside those of all others in the run folder: printed, and kept as result.json."""
-    rows, ours = {}, None
-    for stage, row in STAGES.items():
-        found = result_of(stage, args)
-        rows |= {row: found["scores"]} if found["scores"] else {}
-        if stage in args.stage and found["steps"]:
-            run.step, run.seconds = run.step + found["steps"], run.seconds + found["seconds"]
-            if found["scores"] and (stage != "oracle" or ours is None):
-                ours = row
-    table = rows.pop(ours, [])
+    found = {stage: result_of(stage, args) for stage in STAGES}
+    run.step = sum(found[stage]["steps"] for stage in {*args.stage})
+    run.seconds = sum(found[stage]["seconds"] for stage in {*args.stage})
+    scored = [stage for stage in ("feature", "task", "source", "oracle")
+              if stage in args.stage and found[stage]["scores"]]
+    if not scored:
+        return run.finish([])
+    table = found[scored[0]]["scores"]
     for score in table:
-        score["trivial"] |= {row: its["value"] for row, others in rows.items() for its in others
-                             if its["name"] == score["name"]}
-    if run.rank == 0 and ours:
-        print(f"---- {ours}, beside all others ----")
+        score["trivial"] |= {STAGES[stage]: its["value"] for stage in STAGES if stage != scored[0]
+                             for its in found[stage]["scores"] if its["name"] == score["name"]}
+    if run.rank == 0:
+        print(f"---- {STAGES[scored[0]]}, beside all others ----")
     run.finish(table)
 
 

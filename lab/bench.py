@@ -143,6 +143,8 @@ class Step:
         self.args = self.module.get_args(flags)
         self.device = importlib.import_module("common").pick_device(self.args.device)
         self.nets = self.module.build(self.args, self.device)
+        if getattr(self.args, "lambda_sem", 0):  # CyCADA's f_S comes from another stage
+            self.nets.f_S = self.module.task_model(self.args).to(self.device).eval()
         make = getattr(self.module, "random_batch", BATCHES.get(script, random_batch))
         self.batch = make(self.args, self.device)
         rng = self.args.lambda_1 if make is clip_batch else torch.Generator().manual_seed(0)
@@ -177,10 +179,8 @@ def child(root, script, flags):
 
 
 def measure(roots, script, flags, steps):
-    """A row (dict) for each checkout in `roots`: their processes step in turn.
-
-    The first step of each (compilation, allocation) is not timed. ValueError if a process fails.
-    """
+    """A row (dict) for each checkout in `roots`, whose processes step in turn, the first time
+    (compilation, allocation) unseen by the clock; ValueError if a process fails."""
     children = [subprocess.Popen(
         [sys.executable, __file__, "--child", json.dumps([str(root), script, flags])], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE) for root in roots]

@@ -245,7 +245,6 @@ def test_fcn8s_puts_the_scores_of_every_path_exactly_in_their_place(path):
     layers = [nn.Identity() for _ in range(31)]
     layers[16], layers[23], layers[30] = (nn.AvgPool2d(n, ceil_mode=True) for n in (8, 2, 2))
     f.features, f.mean, f.std = nn.Sequential(*layers), torch.zeros(1), torch.ones(1)
-    f.up2, f.up8 = cycada.BilinearUp(2), cycada.BilinearUp(8)
     f.head = nn.AvgPool2d(7, 1)
     f.score_pool4, f.score_pool3 = (nn.AvgPool2d(1) for _ in "43")
     for name, scale in (("head", 1), ("pool4", 0.01), ("pool3", 0.0001)):
@@ -335,13 +334,15 @@ def test_metrics_of_a_hand_computed_three_class_example():
     said = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 2, 0, 2, 1]])
     n = cycada.confusion(said, truth, 3)
     assert n.tolist() == [[3, 1, 0], [1, 2, 0], [1, 0, 2]]
-    found, IoU = cycada.metrics(n), [3 / (4 + 5 - 3), 2 / (3 + 3 - 2), 2 / (3 + 2 - 2)]
-    assert found["IoU"].tolist() == pytest.approx([100 * v for v in IoU])
+    found, IoU = cycada.metrics(n, "abc"), [3 / (4 + 5 - 3), 2 / (3 + 3 - 2), 2 / (3 + 2 - 2)]
+    assert [float(found[f"IoU of {k}"]) for k in "abc"] == pytest.approx([100 * v for v in IoU])
     assert float(found["mIoU"]) == pytest.approx(100 * sum(IoU) / 3)
     assert float(found["fwIoU"]) == pytest.approx(100 * (4 * IoU[0] + 3 * IoU[1] + 3 * IoU[2]) / 10)
     assert float(found["pixel acc."]) == pytest.approx(70)
     n = torch.tensor([[5, 0, 0], [5, 10, 0], [0, 0, 0]])  # absent and not predicted: 0, and counts
-    assert cycada.metrics(n)["IoU"].tolist() == pytest.approx([50, 100 * 10 / 15, 0])
+    found = cycada.metrics(n, "abc")
+    assert [float(found[f"IoU of {k}"]) for k in "abc"] == pytest.approx([50, 100 * 10 / 15, 0])
+    assert float(found["mIoU"]) == pytest.approx((50 + 100 * 10 / 15) / 3)
 
 
 def test_metrics_agree_with_torchmetrics():
@@ -351,7 +352,8 @@ def test_metrics_agree_with_torchmetrics():
     truth, said = torch.randint(5, (3, 20, 30)), torch.randint(5, (3, 20, 30))
     said = torch.where(torch.rand(truth.shape) < 0.6, truth, said)
     truth[:, :4] = 255
-    found = cycada.metrics(cycada.confusion(said, truth, 5))
+    found = cycada.metrics(cycada.confusion(said, truth, 5), "abcde")
+    found["IoU"] = torch.stack([found[f"IoU of {k}"] for k in "abcde"])
     for key, metric in (("IoU", MulticlassJaccardIndex(5, average="none", ignore_index=255)),
                         ("mIoU", MulticlassJaccardIndex(5, average="macro", ignore_index=255)),
                         ("fwIoU", MulticlassJaccardIndex(5, average="weighted", ignore_index=255)),
@@ -363,7 +365,8 @@ def test_the_row_of_a_network_that_is_always_right(folder):
     args, truth = cycada.get_args(["--data", str(folder), *TINY]), {}
     pairs = cycada.load_data(args)["test"]
     for picture, y in pairs:
-        truth[cycada.opened(picture).sum().item()] = np.array(Image.open(y)).astype(int) % 255
+        x = cycada.picture_tensor(picture)
+        truth[x.sum().item()] = np.array(Image.open(y)).astype(int) % 255
 
     def f(x):  # scores of the picture's own label map
         y = torch.from_numpy(truth[x.sum().item()])
@@ -455,7 +458,7 @@ def test_pixel_step_is_the_objective(B, flags):
     nets = lively(cycada.build(args, CPU))
     x_s, x_t, old_S, old_T = (noise(B, 3, 32, 40) for _ in range(4))
     if args.lambda_sem:
-        lively_f(nets.f_S)
+        nets.f_S = lively_f(cycada.task_model(args).eval().requires_grad_(False))
         with torch.no_grad():  # no class is preferred: the labels differ from place to place
             nets.f_S.scores[0].bias -= nets.f_S(x_t).mean((0, 2, 3))
             assert len(nets.f_S(x_t).argmax(1).unique()) > 1
@@ -525,7 +528,7 @@ def feature_nets(args, **rates):
             layer.p = 0.0
     return cycada.SimpleNamespace(
         f_T=f_T, D_feat=D_feat, opt_f=cycada.sgd(f_T, args, rates.get("f", 0.0)),
-        opt_D=cycada.sgd(D_feat, args, rates.get("D", 0.0)))
+        opt_D=cycada.sgd(D_feat, args, rates.get("D", 0.0)), gate=cycada.Gate())
 
 
 def test_feature_step_is_its_objective():
@@ -573,24 +576,29 @@ def test_feature_step_is_gated(gate):
     assert losses["updated"] == (gate == 0) and all(changed) == any(changed) == (gate == 0)
     assert all(not torch.equal(a, b) for a, b in zip(D, nets.D_feat.parameters(), strict=True))
     assert losses["L_GAN_feat"] > 0 and losses["L_task"] > 0  # looked at, not learnt from
-    assert float(nets.D_feat.last_update) == (gate == 0)
+    assert nets.gate.last_update == (gate == 0)
     moved = nets.f_T.blocks[0][1].num_batches_tracked           # CHOICE (code): training mode
     assert moved == (4 if gate == 0 else 2)
 
 
 def test_the_gate_is_the_mean_of_the_last_100_accuracies():
-    D = cycada.ScoreDiscriminator(3)
-    assert D.may_teach(torch.tensor(0.8), 0.7) and not D.may_teach(torch.tensor(0.4), 0.65)
-    assert not D.may_teach(torch.tensor(0.6), 0.61) and D.last_update == 1
+    gate, again = cycada.Gate(), cycada.Gate()
+    assert gate.opens(torch.tensor(0.8), 0.7) and not gate.opens(torch.tensor(0.4), 0.65)
+    assert not gate.opens(torch.tensor(0.6), 0.61) and gate.last_update == 1
     for _ in range(99):
-        D.may_teach(torch.tensor(0.5), 1.0)
-    assert D.may_teach(torch.tensor(0.5), 0.499) and not D.may_teach(torch.tensor(0.5), 0.501)
+        gate.opens(torch.tensor(0.5), 1.0)
+    assert (gate.seen, len(gate.accuracies)) == (102, 100)
+    again.load_state_dict(gate.state_dict())                          # as --resume does
+    for g in (gate, again):
+        assert g.opens(torch.tensor(0.5), 0.499) and not g.opens(torch.tensor(0.5), 0.501)
+        assert (g.seen, g.last_update) == (104, 103)
 
 
 @pytest.mark.parametrize("flags", [["--lambda-sem", "1"], ["--amp", "--lambda-sem", "1"]])
 def test_every_weight_learns_and_losses_are_float32(flags):
     args = tiny_args(*flags)
     nets = cycada.build(args, CPU)
+    nets.f_S = cycada.task_model(args).eval().requires_grad_(False)
     x_s, x_t = noise(2, 3, 32, 32, dtype=torch.float32), noise(2, 3, 32, 32, dtype=torch.float32)
     before = {name: parameters(getattr(nets, name)) for name in NETS}
     for step in range(3):
@@ -775,7 +783,7 @@ def test_what_train_applies(folder, tmp_path, monkeypatch):
         lr = [o.param_groups[0]["lr"] for o in (nets.opt_f, nets.opt_D)]
         seen.append(("feature", lr, x, x_t))
         if len(seen) < 35:
-            nets.D_feat.last_update += 1
+            nets.gate.last_update += 1
         return {"L_task": torch.tensor(1.0)}
 
     for name, step in (("train_step", pixel), ("task_step", task), ("feature_step", feature),
@@ -799,7 +807,7 @@ def test_what_train_applies(folder, tmp_path, monkeypatch):
     assert last["step"] == 12
     source, target, translation = (float(np.std([np.array(Image.open(f)) / 127.5 for f in (
         where).iterdir()])) for where in (folder / "source_img", folder / "target_img",
-                                          tmp_path / "run/translated"))
+                                          tmp_path / "run/pixel/translated"))
     assert translation < 0.01 < 0.15 < target < 0.28 < 0.36 < source  # they tell the domains apart
     for steps, spread, column in ((seen[:8], source, 2), (seen[8:18], source, 2),
                                   (seen[8:18], target, 3), (seen[18:26], translation, 2),
@@ -815,7 +823,7 @@ def test_run_folder_and_table(trained):
     assert {stage: set(parts(trained / stage / "last.pt")) for stage in EVERY[1:]} == {
         "source": {"f_S", "opt"}, "task": {"f_T", "opt"}, "oracle": {"f_T", "opt"},
         "pixel": {*NETS, "opt_G", "opt_D", "pool_S", "pool_T"},
-        "feature": {"f_T", "D_feat", "opt_f", "opt_D"}}
+        "feature": {"f_T", "D_feat", "opt_f", "opt_D", "gate"}}
     whole, rows = result(trained), {s: result(trained / s)["scores"] for s in EVERY[1:]}
     assert (whole["method"], whole["steps"]) == ("cycada", 3 + 4 + 3 + 3 + 3)
     for k, score in enumerate(whole["scores"]):
@@ -837,7 +845,7 @@ def test_every_picture_is_translated_once_by_the_newest_generator(trained, folde
     assert [(x.name, y) for x, y in pairs] == [(f"{i}.png", folder / f"source_label/{i}.png")
                                                for i in range(4)]
     G = list(parts(weights)["G_ST"].values())
-    x = cycada.opened(source[2][0], 40)                               # --load
+    x = cycada.picture_tensor(source[2][0], 40)                               # --load
     x = F.pad(x, (0, 0, 0, 3), mode="reflect")                        # 40 x 33: not a multiple of 4
     expected = common.to_pil(resnet_generator(G, x, 1, False)[0][0, :, :33])
     made = np.asarray(Image.open(pairs[2][0])).astype(int)
@@ -1100,14 +1108,14 @@ def test_two_processes_agree(folder, tmp_path):
     (tmp_path / "ranks.py").write_text(RANK)
     printed = two_processes(tmp_path / "ranks.py", "--data", folder, *TINY, *STEPS, *EVERY, "--out",
                             tmp_path / "two")
-    assert len(list((tmp_path / "two/translated").iterdir())) == 4
+    assert len(list((tmp_path / "two/pixel/translated").iterdir())) == 4
     assert printed.count("beside all others") == 1
     start, seen = cycada.build(tiny_args(), CPU), set()
     for stage in EVERY[1:]:
         first, second = (torch.load(tmp_path / f"two/{stage}/rank{rank}.pt") for rank in range(2))
         for name in first:
             for key, value in first[name].items():
-                if "running" not in key and key not in ("accuracies", "seen"):
+                if "running" not in key:
                     assert torch.equal(value, second[name][key]), (stage, name, key)
             seen.add(name)
             if name in NETS:  # and they have learnt at all
