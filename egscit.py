@@ -12,10 +12,12 @@ Image-to-Image Translation with Semantic Consistency", ICLR 2019 (arXiv 1805.111
 
 SYMBOLS      paper                here               shape
              x_A, x_B             x_A, x_B           (B, 3, H, W) in [-1, 1], unpaired
-             z, E_A, E_B          z_A                (B, C, h, w) = E_last(E_A(x_A)), q's mean
+             E_A, E_B             E_A, E_B           (B, 3, H, W) -> (B, C, h, w)
+             z                    z_A                (B, C, h, w) = E_last(E_A(x_A)), its mean
              c_A                  c_A                (B, C, h, w) = G_first(z_A + noise)
              shared weights       E_last, G_first    last block of E, first of G, of both domains
              G_A, G_B             G_A, G_B           (B, C, h, w) -> (B, 3, H, W)
+             D_A, D_B             D_A, D_B           (B, 3, H, W) -> logits (B, 1, H/16, W/16)
              F_A, f_A             F_A, f_A           frozen; (B, C, h, w)
              m_A, eta             m_A, eta           (1 - eta) sigma(f_A) + eta; eta = 0.5
              gamma_B, beta_B      gamma_B, beta_B    (B, C, 1, 1), deviation and mean of f_B
@@ -25,7 +27,10 @@ SYMBOLS      paper                here               shape
 OBJECTIVE    Eq. (1)  gamma_B = delta(f_B), beta_B = mu(f_B)
              Eq. (2)  AdaIN(c_A, gamma_B, beta_B) = gamma_B (c_A - mu(c_A)) / delta(c_A) + beta_B,
                       used on m_A * c_A
-             Eq. (3)  L = L_VAE + L_GAN + L_CC of both domains (UNIT's) + L_P
+             Eq. (3)  L = L_VAE + L_GAN + L_CC of both domains + L_P; UNIT's, here of A:
+                      L_VAE = lambda_rec |x_AA - x_A|_1 + lambda_KL KL(z_A)
+                      L_GAN = lambda_GAN (D_A(x_BA) - 1)^2
+                      L_CC = lambda_cyc |x_ABA - x_A|_1 + lambda_KL KL(z_AB)
              Eq. (4)  L_P = lambda_c L_c + lambda_s L_s of both directions
              Eq. (5)  L_c = E |phi(x_AB) - phi(x_A)|_1, L_s = E |Gram(x_AB) - Gram(x_B)|_1
 
@@ -39,11 +44,8 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              (UNIT's text counts that of x_A twice).
              Noise in training only (code: always). A cycle has the masks and the style of the
              original picture (code). A pair is drawn afresh each time (code: kept).
-             One D update per 5 of G, D first (code), on the pictures that G is then judged by.
-             D's LeakyReLUs are where one expects them (code: some twice, and on the logit).
-             Digits are not mirrored or cropped; photographs are (code: all).
-             --vgg digits (toy and --small, which do not count on ImageNet weights): a small
-             network, taught once with labels to name drawn digits and their colours.
+             One D update per 5 of G, D first (code), on the pictures G is then judged by (code:
+             fresh ones). Digits are not mirrored or cropped; photographs are (code: all).
              Tab. 2 compares x_AB with the *exemplar* x_B, which shows another digit, and x_BA with
              x_A. Perfect translations score 0.484 and 0.226 there, the exemplar itself 1. Here
              also: SSIM to the true translation, and which share of ink and paper has its colour.
@@ -114,8 +116,8 @@ SMALL = {  # a CPU's share; no term of Eq. (3) differs
 SMALL_BOARDS = SMALL | {
     "ngf": 16, "lambda_KL": 0.1,                           # 16 times the pixels; UNIT's
     # WHY: a board's L_c and L_s are 5 and 60 times smaller than a digit's. With SMALL's weights L_P
-    # of the truth is 1.3, of the input 1.1; with these 15 and 22 (val). The code's are ten times
-    # those of digits, too
+    # of the truth is 1.3, of the input 1.1; with these 15 and 22 (val). The code, too, has larger
+    # ones for boards (ten times both)
     "lambda_c": 300.0, "lambda_s": 6e4}
 
 
@@ -144,14 +146,15 @@ def get_args(argv=None):
     add("--init", choices=["released", "xavier"], default="released",
         help="N(0, 0.02^2) cut at 0.04, D xavier (code, there uniform); or all of them xavier")
     add("--eta", type=float, default=0.5, help="Sec. 3.1: least value of a mask (code); 1: no mask")
-    add("--lambda-GAN", type=float, default=10.0, help="UNIT's weight of L_GAN")
-    add("--lambda-KL", type=float, default=0.1, help="UNIT's weight of the KL terms")
-    add("--lambda-rec", type=float, default=100.0, help="UNIT's weight of reconstruction")
-    add("--lambda-cyc", type=float, default=100.0, help="UNIT's weight of the cycle")
+    add("--lambda-GAN", type=float, default=10.0, help="L_GAN: UNIT's lambda_0")
+    add("--lambda-KL", type=float, default=0.1, help="all KL terms: UNIT's lambda_1 = lambda_3")
+    add("--lambda-rec", type=float, default=100.0, help="reconstruction: UNIT's lambda_2")
+    add("--lambda-cyc", type=float, default=100.0, help="cycle: UNIT's lambda_4")
     add("--lambda-c", type=float, default=10.0, help="Eq. (4): content (code: by task)")
     add("--lambda-s", type=float, default=1e3, help="Eq. (4): style (code: by task)")
-    add("--vgg", default="imagenet", help="phi: imagenet, random, or a FILE of VGG-19 or VGG-16; "
-                                          "or digits: a small one taught to name drawn digits")
+    add("--vgg", default="imagenet", help="phi: imagenet, random, or a FILE of VGG-19 or VGG-16; or"
+                                          " digits: a small one, which is taught here, once, with "
+                                          "labels, to name drawn digits and their colours")
     add("--exemplar", metavar="PATH", help="--translate: picture of the style")
     add("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="--translate: which way")
 
@@ -160,23 +163,25 @@ def get_args(argv=None):
         task = args.task or (f"mnist-{digits}" if digits else "street")
         small = args.data.startswith("toy") if args.small is None else args.small
         preset = {"single": SMALL, "multiple": SMALL_BOARDS}.get(digits) if small else None
-        return TASKS[task] | (preset or {})
+        return {"task": task} | TASKS[task] | (preset or {})
 
     args = common.parse_flags(p, argv, "egscit", presets, run_name)
-    street = args.task in ("street", "cityscapes") or not (args.task or args.data in DIGITS)
+    street = args.task in ("street", "cityscapes")
     args.height = args.height or (args.size // 2 if street else args.size)
     common.TRAINED = min(args.size, args.height)  # of the short side, as --side
-    digits = args.data in DIGITS and not args.translate
-    multiple = max(2**args.downs, 4 if digits else 1)
-    if min(args.size, args.height) < 16 or args.size % multiple or args.height % multiple:
-        raise UserError(f"--size {args.size} --height {args.height}: must be at least 16 and "
-                        f"multiples of {multiple}")
-    if digits and args.height != args.size:
+    cell = 2**args.downs
+    least = max(16, 2 * cell)
+    if min(args.size, args.height) < least or args.size % cell or args.height % cell:
+        raise UserError(f"--size {args.size} --height {args.height}: must be at least {least} and "
+                        f"multiples of {cell}")
+    if args.data in DIGITS and not args.translate and args.height != args.size:
         raise UserError(f"--data {args.data}: digits are square, not {args.size}x{args.height}")
+    if args.data in ("mnist-single", "mnist-multiple") and args.split == "val":
+        raise UserError(f"--split val: {args.data} has train and test only")
     if args.d_norm and max(args.size, args.height) <= 2**args.d_layers:
         raise UserError(f"--d-layers {args.d_layers}: D's last map would be one place, which "
                         "--d-norm turns into nothing")
-    if args.small and args.data not in DIGITS and not args.translate:
+    if args.small and args.data not in DIGITS and not (args.translate or args.evaluate):
         raise UserError(f"--small: for {', '.join(DIGITS)} only, not for --data {args.data}")
     return args
 
@@ -237,7 +242,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D_A, D_B: x (B, 3, H, W) -> logits (B, 1, H/16, W/16), rounded up; 2,758,849 parameters."""
+    """D_A, D_B: x (B, 3, H, W) -> logits (B, 1, H/16, W/16), rounded up; 2,758,849 parameters.
+
+    CHOICE: LeakyReLU where one expects it (code: in places twice, and on the logit).
+    """
 
     def __init__(self, ndf=64, layers=4, norm=True):
         super().__init__()
@@ -393,10 +401,9 @@ def gram(f):
 
 
 def content_loss(phi_AB, phi_A):
-    """L_c of Eq. (5): L1 distances of the maps, the deeper the more: weights 1/5, 2/5, ..., 1."""
-    n = len(phi_AB)
-    return sum(i / n * l1(a, b) for i, (a, b) in enumerate(zip(phi_AB, phi_A, strict=True),
-                                                           start=1))            # Eq. (5), L_c
+    """L_c of Eq. (5): L1 distances of the five maps, the deeper the more."""
+    weights = 1/5, 2/5, 3/5, 4/5, 1
+    return sum(w * l1(a, b) for w, a, b in zip(weights, phi_AB, phi_A, strict=True))  # Eq. (5), L_c
 
 
 def style_loss(phi_AB, phi_B):
@@ -432,8 +439,9 @@ def digit_colours(labels, domain, split, rng):
 
 
 def paint_digits(masks, ink, paper):
-    """Masks (N, H, W), ink and paper (N, 3) -> pictures of two colours each, (N, H, W, 3) bytes."""
-    return np.where(masks[..., None], ink[:, None, None], paper[:, None, None])
+    """Masks (N, H, W), ink and paper (N, 3) -> pictures of two colours each, (N, H, W, 3) bytes; or
+    (H, W), (3,) -> one, (H, W, 3)."""
+    return np.where(masks[..., None], ink[..., None, None, :], paper[..., None, None, :])
 
 
 def board_colours(domain, rng):
@@ -486,9 +494,8 @@ class Digits:
         if self.boards:
             own = np.random.default_rng([ord(self.domain), i])
             board = board_layout(self.members, own), *board_colours(self.domain, own)
-            return tensors([paint_board(self.masks, *board)])[0]
-        one = slice(i, i + 1)
-        return tensors(paint_digits(self.masks[one], self.ink[one], self.paper[one]))[0]
+            return common.to_tensor(paint_board(self.masks, *board))
+        return common.to_tensor(paint_digits(self.masks[i], self.ink[i], self.paper[i]))
 
     def __len__(self):
         return len(self.masks)
@@ -521,20 +528,18 @@ def fitted(path, args):
     return ImageOps.fit(common.open_rgb(path), (args.size, args.height), Image.BICUBIC)
 
 
-def tensors(pictures):
-    """Arrays (H, W, 3) of bytes -> (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 
 def data_folder(args):
     """The folder of --data, drawn if need be; None for MNIST."""
     if args.data in ("mnist-single", "mnist-multiple"):
         return None
-    if args.data in DIGITS:
+
+    def draw_toy():
         toy = common.lab("toy", f"--data {args.data}")
         return toy.ensure(f"digits_{DIGITS[args.data]}", args.size)
+
     layouts = f"{common.UNPAIRED}, or toy-multiple, mnist-single, mnist-multiple"
-    return common.find_data(args.data, layouts, {}, None)
+    return common.find_data("toy" if args.data in DIGITS else args.data, layouts, {}, draw_toy)
 
 
 def mnist(args, split):
@@ -583,18 +588,17 @@ def test_set(args, limit):
     limit: the first so many of MNIST (single: the authors' own pairs), of a folder evenly spaced.
     """
     if args.data in ("mnist-single", "mnist-multiple"):
-        if args.split == "val":
-            raise UserError(f"--split val: {args.data} has train and test only")
         toy = common.lab("toy", "a test with known answers")
         pairs = toy.released_pairs if args.data == "mnist-single" else toy.board_pairs
-        return {name: tensors(a) for name, a in pairs(*mnist(args, "test"), limit).items()}
+        return {name: torch.stack([common.to_tensor(picture) for picture in pictures])
+                for name, pictures in pairs(*mnist(args, "test"), limit).items()}
     root, files = data_folder(args), {}
     for name in ("A", "B", "AB", "BA"):
         if len(name) == 1 or Path(root, f"{args.split}{name}").is_dir():
             files[f"x_{name}"] = common.find_split(root, args.split, name)
     n = min(map(len, files.values()))
     chosen = [i * n // min(n, limit) for i in range(min(n, limit))]
-    return {name: tensors([np.asarray(fitted(paths[i], args)) for i in chosen])
+    return {name: torch.stack([common.to_tensor(fitted(paths[i], args)) for i in chosen])
             for name, paths in files.items()}
 
 
@@ -672,29 +676,25 @@ def train_step(nets, x_A, x_B, args, update_D=True):
     losses = update_discriminators(nets, x_A, x_B, x_BA, x_AB, args, autocast) if update_D else {}
     with autocast():
         GAN_A, GAN_B = lsgan(D_A(x_BA), 1.0), lsgan(D_B(x_AB), 1.0)
-    losses |= {"GAN_A": GAN_A, "rec_A": l1(x_AA, x_A), "KL_A": kl(z_A),
-               "cyc_A": l1(x_ABA, x_A), "KL_AB": kl(z_AB),
-               "GAN_B": GAN_B, "rec_B": l1(x_BB, x_B), "KL_B": kl(z_B),
-               "cyc_B": l1(x_BAB, x_B), "KL_BA": kl(z_BA)}
-    L_VAE_A = args.lambda_rec * losses["rec_A"] + args.lambda_KL * losses["KL_A"]
-    L_VAE_B = args.lambda_rec * losses["rec_B"] + args.lambda_KL * losses["KL_B"]
-    L_CC_A = args.lambda_cyc * losses["cyc_A"] + args.lambda_KL * losses["KL_AB"]
-    L_CC_B = args.lambda_cyc * losses["cyc_B"] + args.lambda_KL * losses["KL_BA"]
+        phi_A, phi_B, phi_AB, phi_BA = (phi(nets.vgg, x) for x in (x_A, x_B, x_AB, x_BA))
+    rec_A, rec_B, cyc_A, cyc_B = l1(x_AA, x_A), l1(x_BB, x_B), l1(x_ABA, x_A), l1(x_BAB, x_B)
+    KL_A, KL_B, KL_AB, KL_BA = kl(z_A), kl(z_B), kl(z_AB), kl(z_BA)
+    L_c_A, L_s_A = content_loss(phi_AB, phi_A), style_loss(phi_AB, phi_B)        # of x_AB
+    L_c_B, L_s_B = content_loss(phi_BA, phi_B), style_loss(phi_BA, phi_A)        # of x_BA
+    L_VAE_A = args.lambda_rec * rec_A + args.lambda_KL * KL_A
+    L_VAE_B = args.lambda_rec * rec_B + args.lambda_KL * KL_B
     L_GAN_A, L_GAN_B = args.lambda_GAN * GAN_A, args.lambda_GAN * GAN_B
-    L_P = 0.0
-    if args.lambda_c > 0 or args.lambda_s > 0:
-        with autocast():
-            phi_A, phi_B, phi_AB, phi_BA = (phi(nets.vgg, x) for x in (x_A, x_B, x_AB, x_BA))
-        L_c_A, L_s_A = content_loss(phi_AB, phi_A), style_loss(phi_AB, phi_B)    # of x_AB
-        L_c_B, L_s_B = content_loss(phi_BA, phi_B), style_loss(phi_BA, phi_A)    # of x_BA
-        L_P = (args.lambda_c * L_c_A + args.lambda_s * L_s_A
-               + args.lambda_c * L_c_B + args.lambda_s * L_s_B)                  # Eq. (4)
-        losses |= {"L_c_A": L_c_A, "L_s_A": L_s_A, "L_c_B": L_c_B, "L_s_B": L_s_B}
+    L_CC_A = args.lambda_cyc * cyc_A + args.lambda_KL * KL_AB
+    L_CC_B = args.lambda_cyc * cyc_B + args.lambda_KL * KL_BA
+    L_P = (args.lambda_c * L_c_A + args.lambda_s * L_s_A
+           + args.lambda_c * L_c_B + args.lambda_s * L_s_B)                      # Eq. (4)
     L = L_VAE_A + L_GAN_A + L_CC_A + L_VAE_B + L_GAN_B + L_CC_B + L_P            # Eq. (3)
     nets.opt_G.zero_grad()
     L.backward()
     nets.opt_G.step()
-    return losses
+    return losses | {"GAN_A": GAN_A, "rec_A": rec_A, "KL_A": KL_A, "cyc_A": cyc_A, "KL_AB": KL_AB,
+                     "GAN_B": GAN_B, "rec_B": rec_B, "KL_B": KL_B, "cyc_B": cyc_B, "KL_BA": KL_BA,
+                     "L_c_A": L_c_A, "L_s_A": L_s_A, "L_c_B": L_c_B, "L_s_B": L_s_B}
 
 
 # ==== 6. Training loop ========================================================================
@@ -712,7 +712,8 @@ def pretrain(nets, data, show, args):
     With --resume it goes on where it stopped.
     """
     folder, total = Path(args.run_folder) / "features", args.pretrain or len(data.A)
-    own = {"run_folder": str(folder), "resume": args.resume and (folder / "last.pt").exists()}
+    own = {"run_folder": str(folder), "weights": None,
+           "resume": args.resume and (folder / "last.pt").exists()}
     run = Run("egscit", argparse.Namespace(**vars(args) | own), CHANCE)
     vaes = build_vaes(args, run.device)
     run.resume_or_start(vars(vaes))
@@ -740,8 +741,10 @@ def train(args):
     show, nets = show_set(data, args), build(args, run.device)
     run.resume_or_start(saved_parts(nets))
     if run.step == 0 and args.features:
-        common.load_parts({"F_A": nets.F_A, "F_B": nets.F_B}, common.load_checkpoint(
-            args.features, "egscit")["parts"], args.features)
+        state = common.load_checkpoint(args.features, "egscit")
+        common.expect(state["step"] > 0 and "F_A" in state["parts"], f"--features {args.features}: "
+                      "expected the last.pt of a run whose stage 1 is over")
+        common.load_parts({"F_A": nets.F_A, "F_B": nets.F_B}, state["parts"], args.features)
     elif run.step == 0:
         run.save()  # WHY now: a stop during stage 1 can then be resumed
         pretrain(nets, data, show, args)
@@ -829,28 +832,10 @@ def all_scores(nets, args):
             found = common.lab("toy", "the score of digits").digit_scores(answers)
         else:
             found = []
-        found += perceptual_scores(nets.vgg, answers, args)
+        found += common.lab("toy", "the score of L_P").perceptual_scores(nets.vgg, answers, args)
         scores += [score | {"name": f"x_{way}: {score['name']}"} for score in found]
     return scores
 
-
-@torch.no_grad()
-def perceptual_scores(vgg, answers, args):
-    """L_c and L_s of Eq. (5), and L_P, of answers {name: (N, 3, H, W)}; the translation's is "".
-
-    Where L_P of the truth is not below that of the input, it teaches not to translate.
-    """
-    device, found = next(vgg.parameters()).device, {name: [] for name in answers}
-    for one in zip(*answers.values(), strict=True):  # picture by picture: they may be large
-        maps = {name: phi(vgg, y[None].to(device)) for name, y in zip(answers, one, strict=True)}
-        for name, phi_y in maps.items():
-            L_c = float(content_loss(phi_y, maps["copy the input"]))
-            L_s = float(style_loss(phi_y, maps["copy the exemplar"]))
-            found[name].append((L_c, L_s, args.lambda_c * L_c + args.lambda_s * L_s))
-    means = {name: np.mean(values, axis=0).tolist() for name, values in found.items()}
-    return [{"name": loss, "value": means[""][i], "better": "lower",
-             "trivial": {name: mean[i] for name, mean in means.items() if name}}
-            for i, loss in enumerate(("L_c", "L_s", "L_P"))]
 
 
 def load_translator(args, device, with_vgg=False):

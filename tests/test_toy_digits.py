@@ -149,7 +149,7 @@ def test_L_P_points_at_the_truth(tmp_path, digits, capsys):
         paper = toy_digits.paper_colour(truth)
         ink = (truth != paper).any(1, keepdim=True)
         colour = torch.stack([t[:, m[0]][:, :1, None] for t, m in zip(truth, ink, strict=True)])
-        L_P = egscit.perceptual_scores(vgg, {
+        L_P = toy.perceptual_scores(vgg, {
             "": truth, "copy the input": x, "copy the exemplar": exemplar, "flat paper": paper,
             "swapped": torch.where(ink, paper, colour)}, args)[2]
         others = {k: v for k, v in L_P["trivial"].items() if k != "copy the exemplar"}
@@ -162,5 +162,5 @@ def test_L_P_points_at_the_truth(tmp_path, digits, capsys):
     for way in ("AB", "BA"):
         answers = {"": test[f"x_{way}"], "copy the input": test[f"x_{way[0]}"],
                    "copy the exemplar": test[f"x_{way[1]}"]}
-        L_P = egscit.perceptual_scores(vgg, answers, args)[2]
+        L_P = toy.perceptual_scores(vgg, answers, args)[2]
         assert L_P["value"] < 0.9 * L_P["trivial"]["copy the input"], L_P

@@ -37,7 +37,14 @@ from . import (
 )
 from .clips import CLIP_FRAMES, clip_answer, clip_scores, clip_style_error
 from .day2night import inside_boxes, night_diversity, night_scores, true_nights
-from .digits import board_pairs, digit_scores, digit_vgg, drawn_digits, released_pairs
+from .digits import (
+    board_pairs,
+    digit_scores,
+    digit_vgg,
+    drawn_digits,
+    perceptual_scores,
+    released_pairs,
+)
 from .horse2zebra import coat_pixels, coat_scores, single_scores
 from .scenes import SCENE_CLASSES, SCENE_STYLES, painted_scene_scores, scene_scores
 from .sketches import SKETCH_PARTS, reference_scores, sketch_scores
@@ -49,9 +56,9 @@ __all__ = ["CLASSES", "CLIP_FRAMES", "COATS", "DATASETS", "DEFAULT_N", "DEFAULT_
            "LABELS", "SCENE_CLASSES", "SCENE_STYLES", "SKETCH_PARTS", "board_pairs", "clip_answer",
            "clip_scores", "clip_style_error", "coat_mask", "coat_pixels", "coat_scores",
            "digit_scores", "digit_vgg", "draw", "drawn_digits", "ensure", "inside_boxes",
-           "night_diversity", "night_scores", "painted_scene_scores", "reference_scores",
-           "released_pairs", "render", "sample_scene", "scene_scores", "single_scores",
-           "sketch_scores", "swap_scores", "texture_scores", "true_nights"]
+           "night_diversity", "night_scores", "painted_scene_scores", "perceptual_scores",
+           "reference_scores", "released_pairs", "render", "sample_scene", "scene_scores",
+           "single_scores", "sketch_scores", "swap_scores", "texture_scores", "true_nights"]
 
 # Functions (folder, n, size, seed, n_test) that fill an empty folder; n: training pictures (or
 # clips) per domain, n_test: those of val and of test, which has a default.

@@ -201,6 +201,28 @@ def digit_scores(answers):
     return scores
 
 
+@torch.no_grad()
+def perceptual_scores(vgg, answers, args):
+    """L_c and L_s of EGSC-IT's Eq. (5), and L_P, of answers {name: (N, 3, H, W)}, the
+    translation's "".
+
+    Where L_P of the truth is not below that of the input, it teaches not to translate.
+    """
+    from egscit import content_loss, phi, style_loss
+
+    device, found = next(vgg.parameters()).device, {name: [] for name in answers}
+    for one in zip(*answers.values(), strict=True):  # picture by picture: they may be large
+        maps = {name: phi(vgg, y[None].to(device)) for name, y in zip(answers, one, strict=True)}
+        for name, phi_y in maps.items():
+            L_c = float(content_loss(phi_y, maps["copy the input"]))
+            L_s = float(style_loss(phi_y, maps["copy the exemplar"]))
+            found[name].append((L_c, L_s, args.lambda_c * L_c + args.lambda_s * L_s))
+    means = {name: np.mean(values, axis=0).tolist() for name, values in found.items()}
+    return [{"name": loss, "value": means[""][i], "better": "lower",
+             "trivial": {name: mean[i] for name, mean in means.items() if name}}
+            for i, loss in enumerate(("L_c", "L_s", "L_P"))]
+
+
 # ---- a stand-in for VGG-19 ----------------------------------------------------------------------
 
 
