@@ -30,10 +30,10 @@ OBJECTIVE    Eq. (4.1)  L_rec(E, G) = E_x |x - G(E(x))|_1
 
 CHOICES      where the text is silent, or differs from what the authors ran (their released code):
              N hybrids of a batch of N, weight 1 (text: N/2; 0.5 in Sec. 4.3.4, "all 1.0" in 4.4.8).
-             Per picture the code's weights are those of Sec. 4.3.4.
+             Per picture both GAN terms weigh as in Sec. 4.3.4, L_CooccurGAN half as much as there.
              Batch 16 at 256 pixels, 32 for some sets (text: 64 there, 16 above).
              Two residual blocks before the upsampling ones (text: four, of unknown widths).
-             Demodulation normalises style and weights each by itself (text: StyleGAN2's, jointly).
+
              Codes have unit length, at every place (text: no word of it), and the structure code is
              scaled and shifted by the texture code before G's first block.
              E's skips are padded by zeros, so a texture code can tell a border (text: reflection or
@@ -43,22 +43,22 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              Crops are resized to 128 pixels (text: to a quarter of the picture, the same at 512);
              "3 dense layers" are hidden ones; the logit's is a fourth. In two launchers the
              references are not averaged, but paired with the queries: --setting church, bedroom.
-             L1 is a mean. No moving average of the weights (--ema has one). D and G see different
-             batches. E blurs by [1, 2, 1], the others by [1, 3, 3, 1]. --setting 1024 trains
-             768-pixel crops of narrower networks (text: 1024 after 512).
+             No moving average of the weights (--ema has one). D and G see different batches.
+             --setting 1024 trains 768-pixel crops of narrower networks (text: 1024 after 512).
              `python -m lab.variants show swapae thesis`: the text as a diff, but for scale and
-             shift, E's blur, patches and dense layers. Not here: user studies, the detector of
-             Tab. 4.4, and the baselines of Tabs. 4.1 to 4.3.
+             shift, E's blur, batches, patches and dense layers. Not here: user studies, the
+             detector of Tab. 4.4, and the baselines of Tabs. 4.1 to 4.3.
 
 USAGE        python swapae.py                                 # toy world, scores at the end
              python swapae.py --data photos/ --setting mountains
              python swapae.py --translate photo.jpg --exemplar texture.jpg --weights last.pt
              python -m lab.figures swapae grid --weights last.pt   # interpolate, pca, domains, ...
 EXPECT       python swapae.py: 11 to 19 minutes of a core (seeds 0 to 2, 40 test scenes): figure
-             and ground take the exemplar's hues, colour error 12 to 17 (copying the structure 36,
+             and ground take the exemplar's hues, colour error 12 to 16 (copying the structure 36,
              colour transfer 20, in dark and light apart 4), layouts stay, outline error 0.07 to
-             0.10; but G paints speckle everywhere, also from the true answer's codes: right in
-             0.31 to 0.33 of the regions. L_D 1.28 to 1.35, L_Dpatch 1.29 to 1.33 (chance 1.39).
+             0.10 (copying the structure 0.02); but G paints speckle everywhere, also from the true
+             answer's codes: the motif is right in 0.31 to 0.33 of the regions (copying the texture
+             0.51), so that is no success. L_D 1.28 to 1.35, L_Dpatch 1.29 to 1.33 (chance 1.39).
 """
 
 import argparse
@@ -77,7 +77,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-from common import Run, UserError, full
+from common import Run, UserError, expect, full
 
 # ==== 1. Configuration ========================================================================
 
@@ -98,7 +98,8 @@ TOY = {  # the paper's four terms and both penalties; L_rec alone weighs more
     "texture": 64, "code_norm": "rms",  # at unit length, 64 numbers modulate G 8 times less
     "patch": 16, "crops": 4,     # patches of a quarter of the picture's side (Sec. 4.4.8)
     "lambda_rec": 3.0,           # with 1 (a wider D, weaker penalties) no hues in 500 steps
-    "ema": 0.99, "vgg": "random", "workers": 0, "sample_every": 300}
+    "ema": 0.99,                 # evens out the last hundred steps of batches so small
+    "load": None, "vgg": "random", "workers": 0, "sample_every": 300}
 PICTURES = 25_000_000  # shown to D and to G together (code; the text is silent)
 
 
@@ -152,25 +153,22 @@ def get_args(argv=None):
         return SETTINGS[args.setting] | (TOY if args.data == "toy" and not args.weights else {})
 
     args = common.parse_flags(p, argv, "swapae", presets, run_name)
-    least, levels = 7 * 2 ** args.downs, round(math.log2(args.size))
-    narrowest = 1 / 32, 1 / 64, 2 ** (levels - 15), args.patch / 2 ** 12
-    for wrong, message in (
-            (args.downs < 1, f"--downs {args.downs}: must be at least 1"),
-            (args.size < least or args.size % 2 ** args.downs or 4 * args.size % 2 ** levels,
-             f"--size {args.size}: must be at least {least}, a multiple of {2 ** args.downs}, and "
-             "shrink to whole places in D (like 128, 192, 256)"),
-            (args.load and args.load < args.size,
-             f"--load {args.load}: must be at least --size {args.size}"),
-            (args.batch % 2, f"--batch {args.batch}: must be even: neighbours are swapped"),
-            (args.patch < 8 or args.patch & (args.patch - 1),
-             f"--patch {args.patch}: must be a power of two, 8 at least"),
-            (not 0 < args.crop[0] <= args.crop[1] <= 1,
-             f"--crop {args.crop}: expected two shares of a side, the smaller one first"),
-            (any(width < least for width, least in zip(args.widths, narrowest, strict=True)),
-             f"--widths {args.widths}: expected at least {narrowest} for E, G, D and D_patch"),
-            (not 0 <= args.ema < 1, f"--ema {args.ema}: must lie between 0 and 1")):
-        if wrong:
-            raise UserError(message)
+    cell, levels = 2 ** args.downs, round(math.log2(args.size))
+    expect(args.downs >= 1, f"--downs {args.downs}: must be at least 1")
+    expect(args.size >= 7 * cell and not args.size % cell and not 4 * args.size % 2 ** levels,
+           f"--size {args.size}: must be at least {7 * cell}, a multiple of {cell}, and shrink to "
+           "whole places in D (like 128, 192, 256)")
+    expect(not args.load or args.load >= args.size,
+           f"--load {args.load}: must be at least --size {args.size}")
+    expect(not args.batch % 2, f"--batch {args.batch}: must be even: neighbours are swapped")
+    expect(args.patch >= 8 and not args.patch & (args.patch - 1),
+           f"--patch {args.patch}: must be a power of two, 8 at least")
+    expect(0 < args.crop[0] <= args.crop[1] <= 1,
+           f"--crop {args.crop}: expected two shares of a side, the smaller one first")
+    thinnest = 1 / 32, 1 / 64, 1 / min(512, 2 ** (15 - levels)), 1 / min(384, 4096 / args.patch)
+    expect(all(width >= least for width, least in zip(args.widths, thinnest, strict=True)),
+           f"--widths {args.widths}: expected at least {thinnest} for E, G, D and D_patch")
+    expect(0 <= args.ema < 1, f"--ema {args.ema}: must lie between 0 and 1")
     return args
 
 
@@ -291,8 +289,8 @@ class Encoder(nn.Module):
 
     def __init__(self, widths, downs=4, structure=8, texture=2048, norm="unit"):
         super().__init__()
-        self.norm, self.multiple, c = norm, 2 ** downs, widths[downs]
-        pairs = list(pairwise(widths))
+        self.norm, self.multiple = norm, 2 ** downs  # a cell's side in pixels
+        pairs, c = list(pairwise(widths)), widths[downs]
         self.from_rgb = EqualConv(3, widths[0], 1)
         self.down = nn.Sequential(*[EncoderBlock(a, b) for a, b in pairs[:downs]])
         self.to_structure = nn.Sequential(EqualConv(c, c, 1),
@@ -365,7 +363,7 @@ class StyledBlock(nn.Module):
         super().__init__()
         self.up = up
         self.conv1, self.conv2 = StyledConv(a, b, texture, up), StyledConv(b, b, texture)
-        self.skip = EqualConv(a, b, 1, bias=up, activate=up) if a != b or not up else nn.Identity()
+        self.skip = nn.Identity() if up and a == b else EqualConv(a, b, 1, bias=up, activate=up)
 
     def forward(self, x, z_t, rng=None):
         skip = self.skip(x)
@@ -395,7 +393,7 @@ class Generator(nn.Module):
         z_s, z_t = normalised(z_s, self.norm), normalised(z_t, self.norm)
         x = z_s * self.scale(z_t)[:, :, None, None] + self.shift(z_t)[:, :, None, None]
         for block in self.blocks:
-            x = block(x, z_t, rng)                                         # (B, 128, 16h, 16w)
+            x = block(x, z_t, rng)                                   # at last (B, 128, 16h, 16w)
         return self.to_rgb(x, z_t)
 
 
@@ -412,12 +410,13 @@ class Discriminator(nn.Module):
         last, cells = widths[-1], (4 * size // 2 ** levels) ** 2
         self.from_rgb = EqualConv(3, widths[0], 1)
         self.down = nn.Sequential(*[ResBlock(a, b) for a, b in pairwise(widths)])
-        self.last = EqualConv(last, last, 3, padding=1)                    # (B, 512, 4, 4)
+        self.last = EqualConv(last, last, 3, padding=1)
         self.dense = nn.Sequential(EqualLinear(last * cells, last, activate=True),
                                    EqualLinear(last, 1))
 
     def forward(self, x):
-        return self.dense(self.last(self.down(self.from_rgb(x))).flatten(1))
+        x = self.last(self.down(self.from_rgb(x)))                         # (B, 512, 4, 4)
+        return self.dense(x.flatten(1))                                    # (B, 1)
 
 
 class PatchDiscriminator(nn.Module):
@@ -471,7 +470,8 @@ def build(args, device):
     lr, beta2 = 0.002, 0.99                                # Sec. 4.4.8
     adam = functools.partial(torch.optim.Adam, fused=device.type in ("cuda", "cpu"))
     nets.opt_G = adam([*nets.E.parameters(), *nets.G.parameters()], lr, (0.0, beta2))
-    c = args.R1_every / (args.R1_every + 1) or 1.0  # StyleGAN2: with R1's, 17 updates count as 16
+    # StyleGAN2: with R1's, 17 updates count as 16
+    c = args.R1_every / (args.R1_every + 1) if args.R1_every else 1.0
     nets.opt_D = adam([*nets.D.parameters(), *nets.D_patch.parameters()], lr * c, (0.0, beta2 ** c))
     if args.compile:  # WHY not D and D_patch: R1 differentiates them twice, compiled code only once
         nets.E.forward, nets.G.forward = map(torch.compile, (nets.E.forward, nets.G.forward))
@@ -487,11 +487,12 @@ def non_saturating(logits, real):  # same as sincut.py: non_saturating
 
 
 def crops(x, args, rng):
-    """crops of Eq. (4.4): (B, 3, H, W) -> (B, crops, 3, patch, patch); rng: CPU generator.
+    """crops of Eq. (4.4): (B, 3, H, W) -> (B, T, 3, patch, patch); rng: CPU generator.
 
-    Width and height are drawn one by one from --crop, the place and a mirror at random; each patch
-    is resized bilinearly. CHOICE (code): samples reach from edge to edge of the patch, so at the
-    picture's border half a pixel is blended with zero.
+    T = --crops patches, width and height drawn one by one from --crop, shares of a side, the place
+    and a mirror at random; each is resized to --patch pixels, bilinearly. CHOICE (code): samples
+    reach from edge to edge of the patch, so at the picture's border half a pixel is blended with
+    zero.
     """
     B, T, (low, high), side = len(x), args.crops, args.crop, args.patch
     mirror = 1 - 2 * (torch.rand(B * T, generator=rng) < 0.5).float()
@@ -531,8 +532,7 @@ def find_pictures(root, split):
 def training_files(root):
     """The pictures of train/, trainA/ and trainB/, or of the folder itself; `UserError`."""
     files = find_pictures(root, "train") or common.list_pictures(root)
-    if len(files) < 2:
-        raise UserError(f"{root}: one picture, but swapping needs two; expected {LAYOUT}")
+    expect(len(files) > 1, f"{root}: one picture, but swapping needs two; expected {LAYOUT}")
     return files
 
 
@@ -552,7 +552,7 @@ def resized(file, args, rng=None):
     return common.to_tensor(im)
 
 
-def opened(files, args, device, limit=1000):
+def middle_squares(files, args, device, limit=1000):
     """Files, at most `limit`, evenly spaced -> (N, 3, size, size), cut from the middle."""
     n = min(limit, len(files))
     return torch.stack([resized(files[i * len(files) // n], args) for i in range(n)]).to(device)
@@ -577,9 +577,6 @@ class Pictures(torch.utils.data.Dataset):
         rng = random.Random(common.mix(self.args.seed, n))
         return resized(self.files[order[i]], self.args, rng)
 
-    def __len__(self):
-        return len(self.files)
-
 
 def data_folder(args):
     def draw_toy():
@@ -599,7 +596,8 @@ def rebuild_and_swap(nets, x):
     half, other = len(x) // 2, torch.arange(len(x), device=x.device) ^ 1
     z_s, z_t = nets.E(x)                                           # (B, 8, h, w), (B, 2048)
     x_rec = nets.G(z_s[:half], z_t[:half])                         # (B/2, 3, H, W)
-    x_hyb, x2 = nets.G(z_s[other], z_t), x                         # (B, 3, H, W), twice
+    x2 = x                                                         # the row thesis: half of them
+    x_hyb = nets.G(z_s[other], z_t)                                # (B, 3, H, W)
     return full(x_rec), full(x_hyb), x2
 
 
@@ -636,7 +634,7 @@ def generator_loss(nets, x, args, rng):
     """What E and G minimise, on x (B, 3, H, W): L_total, and its four terms by name."""
     D, D_patch = nets.D, nets.D_patch
     x_rec, x_hyb, x2 = rebuild_and_swap(nets, x)                   # (B/2, ...), (B, ...) twice
-    L_rec = (x_rec - x[:len(x_rec)]).abs().mean()                  # Eq. (4.1)
+    L_rec = (x_rec - x[:len(x_rec)]).abs().mean()                  # Eq. (4.1); CHOICE: a mean
     L_GAN_rec = non_saturating(D(x_rec), True)                     # Eq. (4.2)
     L_GAN_swap = non_saturating(D(x_hyb), True)                    # Eq. (4.3)
     queries = D_patch.features(crops(x_hyb, args, rng))            # (B, 8, 1536)
@@ -697,7 +695,7 @@ def train(args):
     root = data_folder(args)
     data = Pictures(root, args)
     total = args.steps or max(1, PICTURES // (2 * args.batch * run.world))
-    show, kind = test_pictures(root, args, run.device, limit=6)
+    show, kind = scored_pictures(root, args, run.device, limit=6)
     print(f"sample grids show {kind}")
     nets = build(args, run.device)
     run.resume_or_start(vars(nets))
@@ -754,7 +752,7 @@ def swap(nets, x1, x2, args, alpha=1.0):
 
 
 def attribute(z_plus, z_minus):
-    """Two groups of texture codes (N, C), (M, C) -> the direction (1, C) from one to the other."""
+    """Two groups of texture codes (N, C), (M, C) -> the direction (1, C) from z_minus to z_plus."""
     return z_plus.mean(0, keepdim=True) - z_minus.mean(0, keepdim=True)
 
 
@@ -772,7 +770,7 @@ def principal_directions(codes, count):
 
 def similarity_mask(z_s, row, column, least=0.5):
     """Cells whose structure has a cosine of `least` with that of cell (row, column): (B, 1, h, w)
-    of 0 and 1."""
+    of 0 and 1. CHOICE: 0.5 (Sec. 4.4.6 has no number)."""
     z_s = normalised(z_s)
     cosine = (z_s * z_s[:, :, row:row + 1, column:column + 1]).sum(1, keepdim=True)
     return (cosine >= least).to(z_s)
@@ -794,8 +792,7 @@ def clone(z_s, source, box, to):
 
 def load_networks(args, device):
     """E and G from --weights: a checkpoint of this script, or the file of the authors."""
-    if args.weights is None:
-        raise UserError("--weights FILE is needed: a last.pt of this script or the authors' file")
+    expect(args.weights, "--weights FILE is needed: a last.pt of this script or the authors' file")
     state = common.load_file(args.weights)
     if isinstance(state, dict) and "method" in state:
         nets = in_use(build(args, torch.device("cpu")))
@@ -809,17 +806,17 @@ def load_networks(args, device):
     return nets
 
 
-def codes_of(nets, files, args, device, limit=1000):
-    """Files -> z_s (N, C, h, w), z_t (N, C') of at most `limit` of them, each at --size."""
-    n = min(limit, len(files))
-    chosen = [files[i * len(files) // n] for i in range(n)]  # evenly spaced
-    pairs = [embed(nets, opened(chosen[i:i + 8], args, device), args) for i in range(0, n, 8)]
+def codes_of(nets, files, args, device):
+    """Files -> z_s (N, C, h, w), z_t (N, C') of at most 1000 of them (code: 5000), at --size."""
+    squares = middle_squares(files, args, "cpu").split(8)
+    pairs = [embed(nets, x.to(device), args) for x in squares]
     return tuple(torch.cat(codes) for codes in zip(*pairs, strict=True))
 
 
 def principal_edit(nets, args, device):
     """--pca K: one deviation along --data's K-th direction. Of texture codes: (1, C); of structure
-    codes, for --mask: (1, C, 1, 1) of their places, or (1, C, h, w) of whole maps."""
+    codes, for --mask: (1, C, 1, 1) of their places, or (1, C, h, w) of whole maps. CHOICE: of those
+    no region (Sec. 4.4.9: the flattened code, masked by the user's)."""
     z_s, z_t = codes_of(nets, training_files(data_folder(args)), args, device)
     samples, shape = z_t, (1, -1)
     if args.mask == "all":
@@ -833,7 +830,7 @@ def principal_edit(nets, args, device):
     return (directions[-1] * deviations[-1]).view(shape)
 
 
-def at_side(path):
+def picture_at_side(path):
     """A picture (3, H, W) at the scale that --side gives to those that are translated."""
     im = common.open_rgb(path)
     return common.to_tensor(im.resize(common.at_side(im.size, path), Image.BICUBIC))
@@ -848,10 +845,9 @@ def mask_of(z_s, x, args, cell):
         return torch.ones_like(z_s[:1, :1])
     if re.fullmatch(r"\d+,\d+", args.mask):
         column, row = map(int, args.mask.split(","))
-        if row >= H or column >= W:
-            raise UserError(f"--mask {args.mask}: outside of a picture of {W}x{H}")
+        expect(row < H and column < W, f"--mask {args.mask}: outside of a picture of {W}x{H}")
         return similarity_mask(z_s, row // cell, column // cell)
-    white = at_side(args.mask).mean(0)[None, None] / 2 + 0.5
+    white = picture_at_side(args.mask).mean(0)[None, None] / 2 + 0.5
     if white.shape[2:] != (H, W):
         raise UserError(f"--mask {args.mask}: {white.shape[3]}x{white.shape[2]} pixels, but the "
                         f"picture has {W}x{H}")
@@ -872,54 +868,54 @@ def cells_of(pixels, source, z_s, cell):
 
 
 def translate_files(args):
-    """Edit --translate, a picture or a folder; several --alpha give strips side by side."""
+    """Edit --translate, a picture or a folder; several --alpha give strips (--clone has none)."""
     edits = args.clone or args.exemplar, args.vector, args.pca is not None
     if [*map(bool, edits)].count(True) != 1 or args.mask and args.pca is None:
         raise UserError("--translate needs one of --exemplar, --vector, --pca (perhaps with "
                         "--mask), --clone")
     device = common.pick_device(args.device)
-    nets, other, step = load_networks(args, device), None, None
+    nets, exemplar, direction = load_networks(args, device), None, None
     if args.exemplar:
-        other = embed(nets, at_side(args.exemplar)[None].to(device), args)
+        exemplar = embed(nets, picture_at_side(args.exemplar)[None].to(device), args)
     if args.vector:
-        step = attribute(*(codes_of(nets, common.list_pictures(folder), args, device)[1]
-                           for folder in args.vector))
+        direction = attribute(*(codes_of(nets, common.list_pictures(folder), args, device)[1]
+                                for folder in args.vector))
     if args.pca is not None:
-        step = principal_edit(nets, args, device)
+        direction = principal_edit(nets, args, device)
 
     def edited(x):
         x, cell = x.to(device), nets.E.multiple
         z_s, z_t = embed(nets, x, args)
         if args.clone:
-            source = other[0] if other else z_s
+            source = exemplar[0] if exemplar else z_s
             codes = [(clone(z_s, source, *cells_of(args.clone, source, z_s, cell)), z_t)]
         elif args.mask:
             mask = mask_of(z_s, x, args, cell)
-            codes = [(z_s + alpha * mask * step, z_t) for alpha in args.alpha]
-        elif other:
-            codes = [(z_s, z_t.lerp(other[1], alpha)) for alpha in args.alpha]
+            codes = [(z_s + alpha * mask * direction, z_t) for alpha in args.alpha]
+        elif exemplar:
+            codes = [(z_s, z_t.lerp(exemplar[1], alpha)) for alpha in args.alpha]
         else:
-            codes = [(z_s, z_t + alpha * step) for alpha in args.alpha]
+            codes = [(z_s, z_t + alpha * direction) for alpha in args.alpha]
         return torch.cat([paint(nets, *pair, args, x.shape[2:]) for pair in codes], dim=3)
 
     common.translate_files(args.translate, args.out or "translated", edited,
                            keep=[path for path in (args.exemplar, args.mask) if path])
 
 
-def test_pictures(root, args, device, limit=1000):
+def scored_pictures(root, args, device, limit=1000):
     """(N, 3, size, size) of --split, evenly spaced, and what they are. Where a folder has no test
     pictures they are training pictures, and are called so."""
     if files := find_pictures(root, args.split):
-        return opened(files, args, device, limit), f"{args.split} pictures"
+        return middle_squares(files, args, device, limit), f"{args.split} pictures"
     if args.split != "test":
         raise UserError(f"{root}: no {args.split} pictures; expected {LAYOUT}")
-    return opened(training_files(root), args, device, limit), "TRAINING pictures"
+    return middle_squares(training_files(root), args, device, limit), "TRAINING pictures"
 
 
 def structure_pictures(z_s, size):
     """z_s (N, C, h, w), places as colours: their three principal components, (N, 3, H, W)."""
     samples = z_s.permute(0, 2, 3, 1).flatten(0, 2)                        # (N h w, C)
-    parts = (samples - samples.mean(0)) @ principal_directions(samples, 3)[0].t()
+    parts = samples @ principal_directions(samples, 3)[0].t()              # (N h w, 3)
     low, high = parts.amin(0), parts.amax(0)
     parts = F.pad((parts - low) / (high - low).clamp(min=1e-12), (0, 3 - parts.shape[1]), value=0.5)
     parts = parts.unflatten(0, (len(z_s), *z_s.shape[2:])).permute(0, 3, 1, 2)
@@ -937,14 +933,15 @@ def swap_grid(nets, structures, textures, args):
     return {label: torch.cat(column) for label, column in columns.items()}
 
 
-# ---- Scores (Sec. 4.4.2, 4.4.4) -----------------------------------------------------------------
+# ---- Scores (Sec. 4.4.2, 4.4.4, 4.4.10) ---------------------------------------------------------
 
 
 def truth_scores(nets, root, args, device):
     """Scores of swaps against the toy world's true answers, and in which code an error sits."""
-    def hybrid(*x1_and_x2):  # arrays (N, 3, H, W)
-        pairs = zip(*(torch.tensor(x, device=device).split(8) for x in x1_and_x2), strict=True)
-        return torch.cat([swap(nets, *pair, args) for pair in pairs]).cpu().numpy()
+    def hybrid(x1, x2):  # arrays (N, 3, H, W)
+        pairs = zip(torch.tensor(x1).split(8), torch.tensor(x2).split(8), strict=True)
+        return torch.cat([swap(nets, p.to(device), q.to(device), args).cpu()
+                          for p, q in pairs]).numpy()
     return common.lab("toy", "--data toy").swap_scores(Path(root), args.split, hybrid)
 
 
@@ -953,12 +950,12 @@ def evaluate(args):
     device, metrics = common.pick_device(args.device), common.lab("metrics", "--evaluate")
     nets, root = load_networks(args, device), data_folder(args)
     scores = truth_scores(nets, root, args, device) if args.data == "toy" else []
-    x, kind = test_pictures(root, args, device)
-    if len(x) < 2:
-        raise UserError(f"--evaluate: two or more test pictures are needed in {root}")
+    x, kind = scored_pictures(root, args, device)
+    expect(len(x) > 1, f"--evaluate: two or more test pictures are needed in {root}")
     x2 = x.roll(-1 if args.data == "toy" else -(len(x) // 2), dims=0)  # neighbours may be frames
-    x_rec, x_hyb = (torch.cat([swap(nets, p, q, args) for p, q in zip(
-        x.split(1), other.split(1), strict=True)]) for other in (x, x2))
+    x_rec = torch.cat([swap(nets, p, p, args) for p in x.split(1)])    # in its own texture
+    x_hyb = torch.cat([swap(nets, p, q, args)
+                       for p, q in zip(x.split(1), x2.split(1), strict=True)])
     scores += metrics.swap_scores(x, x2, x_rec, x_hyb, args.vgg, f"{len(x)} {kind}", device)
     common.print_scores(scores)
     if args.data != "toy" or args.fid_weights:  # last, because its network may have to be fetched

@@ -302,7 +302,7 @@ def swapae_shown(args):
 
     device = common.pick_device(args.device)
     nets, root = swapae.load_networks(args, device), swapae.data_folder(args)
-    show, kind = swapae.test_pictures(root, args, device, limit=6)
+    show, kind = swapae.scored_pictures(root, args, device, limit=6)
     print(f"{len(show)} {kind}")
     return swapae, nets, show, root, device
 
@@ -355,8 +355,8 @@ def swapae_domains(args):
     cosine = F.cosine_similarity(swapae.attribute(z_B, z_A), directions)
     steps = {f"first axis: {gain:+d}": gain * cosine.sign() * deviations[0] * directions
              for gain in (-2, -1, 1, 2)}
-    show = torch.cat([swapae.opened(common.find_split(root, args.split, side), args, device, 3)
-                      for side in "AB"])
+    show = torch.cat([swapae.middle_squares(
+        common.find_split(root, args.split, side), args, device, 3) for side in "AB"])
     save(args, "domains", swapae_moved(swapae, nets, show, steps, args))
     print(f"cosine of the first axis and B's mean less A's: {float(cosine.abs()):.3g}")
 

@@ -627,7 +627,7 @@ def test_folders_that_are_understood(drawn, tmp_path):
     assert len(swapae.training_files(drawn)) == 5
     assert len(swapae.training_files(drawn / "test")) == 4   # pictures without sub-folders
     args = tiny_args()
-    x, kind = swapae.test_pictures(drawn, args, CPU, limit=2)
+    x, kind = swapae.scored_pictures(drawn, args, CPU, limit=2)
     files = sorted((drawn / "test").iterdir())
     assert kind == "test pictures"
     assert torch.equal(x, torch.stack([swapae.resized(files[i], args) for i in (0, 2)]))
@@ -635,11 +635,11 @@ def test_folders_that_are_understood(drawn, tmp_path):
         (tmp_path / f"train{side}").mkdir()
         Image.new("RGB", (40, 40)).save(tmp_path / f"train{side}/1.png")
     assert len(swapae.training_files(tmp_path)) == 2
-    assert swapae.test_pictures(tmp_path, args, CPU)[1] == "TRAINING pictures"
+    assert swapae.scored_pictures(tmp_path, args, CPU)[1] == "TRAINING pictures"
     args.split = "val"
-    assert swapae.test_pictures(drawn, args, CPU)[1] == "val pictures"
+    assert swapae.scored_pictures(drawn, args, CPU)[1] == "val pictures"
     with pytest.raises(common.UserError, match="no val pictures"):
-        swapae.test_pictures(tmp_path, args, CPU)
+        swapae.scored_pictures(tmp_path, args, CPU)
 
 
 # ---- training loop ------------------------------------------------------------------------------
@@ -915,6 +915,11 @@ def test_side_holds_for_exemplars_and_masks_too(trained, drawn, tmp_path):
     assert Image.open(tmp_path / "out/photo.png").size == (90, 60)
 
 
+def test_a_setting_does_not_enlarge_the_toy_world():
+    args = swapae.get_args(["--setting", "1024"])
+    assert (args.size, args.load, args.downs) == (64, None, 3)
+
+
 def test_user_errors_are_one_line(drawn, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -927,6 +932,8 @@ def test_user_errors_are_one_line(drawn, trained, tmp_path, capsys, monkeypatch)
         assert f"{flag} {value}" in fails("--data", drawn, flag, value)
     assert "--crop " in fails("--crop", 0.5, 0.25)
     assert "--widths" in fails("--widths", 0.001, 1, 1, 1)
+    for widths in ((1, 1, 1 / 1024, 1), (1, 1, 1, 1 / 512)):           # a D of no channels
+        assert "--widths" in fails("--size", 32, "--downs", 2, "--patch", 8, "--widths", *widths)
     assert "no such folder" in fails("--data", "nowhere")
     (tmp_path / "one").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "one/a.png")
