@@ -58,9 +58,10 @@ USAGE        python egscit.py                                  # toy digits, sco
              python -m lab.figures egscit masks --weights last.pt   # or embedding: Fig. 5 by PCA
 EXPECT       python egscit.py: 9 minutes of a core, 12 of a busy one (seeds 0 to 2, 200 test pairs):
              SSIM to the truth 0.64 to 0.68 and 0.46 to 0.55 (flat paper 0.50, 0.24), papers right
-             0.91 to 0.94, inks 0.62 to 0.76. L_P of the truth is reached; what fails is strokes,
-             of digits that are to be brighter than their paper and were darker, or the reverse.
-             D_A and D_B stay near their chance (0.24, 0.23; 0.25), as do GAN_A and GAN_B (0.29).
+             0.91 to 0.94, inks 0.62 to 0.76. L_P of the truth is reached; what fails is strokes of
+             digits in B's rare colours, green ink and red paper (half of B is red on green). Masks
+             do nothing there: constant ones score the same. D_A, D_B stay near their chance (0.24,
+             0.23; 0.25), as do GAN_A, GAN_B (0.29); in stage 1 all four are at it.
 """
 
 import argparse
