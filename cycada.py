@@ -38,9 +38,10 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              task translates every x_s once and makes f_T of that, oracle makes f_T of the target
              and its labels, both from f_S's start, not from f_S; feature goes on with task's f_T,
              until f_T has learnt nothing for |X_S| steps (code). Last weights count.
-             Eq. (3.13) was "left as an idea" and is off: --lambda-sem. Both of its terms harm
-             where f_S errs on x_t: one asks G_TS for pictures in which f_S reads the same errors,
-             the other forbids G_ST to paint what f_S cannot read, which is what x_t looks like.
+             Eq. (3.13) was "left as an idea" and is off: --lambda-sem. Where f_S errs on x_t, its
+             first term asks G_TS for pictures in which f_S reads the same errors, its second
+             forbids G_ST to paint what f_S cannot read, which is what x_t looks like (toy, 600
+             steps: mIoU 49 without, 47 with the first alone, 42 with the second, 41 with both).
              Task models see whole pictures, as in the code's scripts; --task-size: mirrored crops
              (code, stage feature: 768). f_S sees pictures --load wide in Eq. (3.13); translations
              are as wide, and enlarged to --task-load for f_T.
