@@ -292,8 +292,9 @@ def test_weights_that_fit_no_task_model_are_refused(tmp_path, monkeypatch):
     args.task_weights = str(tmp_path / "other.pth")
     with pytest.raises(common.UserError, match="not the weights"):
         cycada.task_model(args, args.task_weights)
-    with pytest.raises(common.UserError, match="drn_c_26"):
-        tiny_args("--task-model", "drn26", "--task-weights", "imagenet")
+    for model in ("drn26", "small"):  # now, and not after stage pixel
+        with pytest.raises(common.UserError, match=f"--task-model {model} give .*drn_c_26"):
+            tiny_args("--task-model", model, "--task-weights", "imagenet")
     asked = {}
 
     def fetch(self, **how):
@@ -816,6 +817,25 @@ def test_what_train_applies(folder, tmp_path, monkeypatch):
         assert abs(float(torch.cat([s[column] for s in steps]).std()) - spread) < 0.05
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_D_has_a_pixel_left_down_to_three_cells(antialias):
+    flags = ["--antialias-D"] * antialias
+    for size, layers in ((48, 4), (52, 4), (36, 3), (64, 4)):
+        D = cycada.build(tiny_args("--size", size, "--d-layers", layers, *flags), CPU).D_S
+        assert min(D(noise(1, 3, size, size, dtype=torch.float32)).shape[2:]) >= 1
+        with pytest.raises(common.UserError, match=f"expected at most {layers}"):
+            tiny_args("--size", size, "--d-layers", layers + 1, *flags)
+
+
+def test_grids_show_six_pictures_evenly_spaced(folder):
+    args = cycada.get_args(["--data", str(folder), *TINY])
+    source = cycada.load_data(args)["source"]
+    for n, places in ((17, [0, 2, 5, 8, 11, 14]), (11, [0, 1, 3, 5, 7, 9]), (4, [0, 1, 2, 3])):
+        pairs = [(source[i % 4][0], i) for i in range(n)]
+        chosen, x = cycada.shown(pairs, 40)
+        assert [i for _, i in chosen] == places and len(x) == len(places) and x.shape[3] == 40
+
+
 def test_run_folder_and_table(trained):
     for stage in EVERY[1:]:
         names = {f.name for f in (trained / stage).iterdir()}
@@ -855,6 +875,7 @@ def test_every_picture_is_translated_once_by_the_newest_generator(trained, folde
         os.utime(pairs[name][0], (Path(weights).stat().st_mtime + age,) * 2)
     cycada.translated_pairs(source, args, process)
     assert [Image.open(pairs[i][0]).size for i in (0, 1)] == [(40, 33), (40, 1)]
+    assert pairs[0][0].parent == Path(weights).parent / "translated"  # set aside with its G_ST
     os.utime(source[1][0], (Path(weights).stat().st_mtime + 20,) * 2)  # another x_s of that name
     cycada.translated_pairs(source, args, process)
     assert Image.open(pairs[1][0]).size == (40, 33)
