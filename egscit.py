@@ -38,10 +38,8 @@ CHOICES      where the text is silent, or differs from what the authors ran (the
              delta is called variance; AdaIN as it is known takes the deviation: so here. The code
              scales by f's mean, shifts by its variance, divides by c's: row released_adain.
              phi: every VGG channel divided by its L2 norm over the picture (code); without it the
-             published weights mean nothing. Gram over H W; L_c weighs relu1_1 ... relu5_1 by i/5.
-             UNIT's losses, weights and least squares are the code's; |.|_1 is a mean; KL is
-             mean(z^2) of the mean z (the code's z is noisy: a constant more), once per encoding
-             (UNIT's text counts that of x_A twice).
+             published weights mean nothing. Gram over H W, L_c weighs its maps by i/5 (code).
+             UNIT's losses, weights and least squares are the code's; |.|_1 is a mean.
              Noise in training only (code: always). A cycle has the masks and the style of the
              original picture (code). A pair is drawn afresh each time (code: kept).
              One D update per 5 of G, D first (code), on the pictures G is then judged by (code:
@@ -379,7 +377,8 @@ def l1(a, b):
 
 
 def kl(z):
-    """Twice the KL divergence of N(z, I) from N(0, I), a mean over all (code)."""
+    """Twice the KL divergence of N(z, I) from N(0, I), a mean over all (code, whose z is noisy: a
+    constant more). CHOICE: once per encoding (UNIT's text counts that of x_A twice)."""
     return full(z).square().mean()
 
 
