@@ -84,7 +84,6 @@ from common import BlurDown, InstanceNorm, PatchGAN, Run, UserError, full
 LAYOUT = ("source_img/ source_label/ target_img/ and, for the scores, test_img/ test_label/ and, "
           "for the oracle, target_label/; label maps are one-channel pictures named like theirs")
 
-
 # ==== 1. Configuration ========================================================================
 
 STAGES = {  # Sec. 3.4.3, in order, and the row that each gives (feature: the ICML paper's)
@@ -101,11 +100,11 @@ TOY = {
     "ngf": 16, "ndf": 16, "blocks": 4,                  # ... so narrower and shallower
     "antialias_D": True, "d_layers": 2,                 # D sees 40 of 64 pixels, not all of them
     "task_model": "small", "task_weights": "random",    # the same for the task models
-    "task_load": 64, "task_size": 64, "task_batch": 8,  # whole toy pictures; few of them, so ...
-    "task_steps": 400, "task_lr": 0.1, "task_momentum": 0.9,    # ... a higher rate, ...
-    "task_decay_from": 0.3,                                     # ... which falls early
-    "feature_lr": 1e-2, "feature_steps": 200,                   # as short as the others
-    "workers": 0, "sample_every": 500,                  # 64 pixels are read at once
+    "task_load": 64, "task_size": 64, "task_batch": 8,  # whole toy pictures
+    "task_steps": 400, "task_lr": 0.1, "task_momentum": 0.9,  # few steps, so a higher rate, ...
+    "task_decay_from": 0.3,                             # ... which falls early
+    "feature_lr": 1e-2, "feature_steps": 200,           # likewise
+    "workers": 0, "sample_every": 500,                  # small files need no reader of their own
     "classes": ["sky", "hill", "ground", "trunk", "leaves", "grass", "animal"]}
 
 
@@ -275,7 +274,6 @@ class FCN8s(nn.Module):
             nn.Conv2d(4096, 4096, 1), nn.ReLU(inplace=True), nn.Dropout2d(0.5),
             nn.Conv2d(4096, classes, 1))
         self.score_pool4, self.score_pool3 = (nn.Conv2d(c, classes, 1) for c in (512, 256))
-
         for conv in [layer for layer in self.modules() if hasattr(layer, "weight")]:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)

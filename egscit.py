@@ -528,7 +528,6 @@ def fitted(path, args):
     return ImageOps.fit(common.open_rgb(path), (args.size, args.height), Image.BICUBIC)
 
 
-
 def data_folder(args):
     """The folder of --data, drawn if need be; None for MNIST."""
     if args.data in ("mnist-single", "mnist-multiple"):
@@ -835,7 +834,6 @@ def all_scores(nets, args):
         found += common.lab("toy", "the score of L_P").perceptual_scores(nets.vgg, answers, args)
         scores += [score | {"name": f"x_{way}: {score['name']}"} for score in found]
     return scores
-
 
 
 def load_translator(args, device, with_vgg=False):

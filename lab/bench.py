@@ -139,12 +139,12 @@ class Step:
     """A script's training step on noise, in the process that imports it."""
 
     def __init__(self, script, flags):
-        self.module = importlib.import_module(script)
+        self.module = code = importlib.import_module(script)
         self.args = self.module.get_args(flags)
         self.device = importlib.import_module("common").pick_device(self.args.device)
         self.nets = self.module.build(self.args, self.device)
         if getattr(self.args, "lambda_sem", 0):  # CyCADA's f_S comes from another stage
-            self.nets.f_S = self.module.task_model(self.args).to(self.device).eval()
+            self.nets.f_S = code.task_model(self.args).to(self.device).eval().requires_grad_(False)
         make = getattr(self.module, "random_batch", BATCHES.get(script, random_batch))
         self.batch = make(self.args, self.device)
         rng = self.args.lambda_1 if make is clip_batch else torch.Generator().manual_seed(0)

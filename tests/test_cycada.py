@@ -817,6 +817,21 @@ def test_what_train_applies(folder, tmp_path, monkeypatch):
         assert abs(float(torch.cat([s[column] for s in steps]).std()) - spread) < 0.05
 
 
+def test_sgd_is_the_codes():
+    """p <- p - lr v with v <- momentum v + gradient + 0.0005 p, twice."""
+    layer = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+    opt = cycada.sgd(layer, tiny_args("--task-momentum", "0.9"), 0.1)
+    p, v = 2.0, 0.0
+    for gradient in (3.0, -1.0):
+        layer.weight.grad = torch.full_like(layer.weight, gradient)
+        opt.step()
+        v = 0.9 * v + gradient + 0.0005 * p
+        p -= 0.1 * v
+    assert float(layer.weight.detach()) == pytest.approx(p, rel=1e-12)
+
+
 @pytest.mark.parametrize("antialias", [False, True])
 def test_D_has_a_pixel_left_down_to_three_cells(antialias):
     flags = ["--antialias-D"] * antialias

@@ -135,3 +135,12 @@ def test_the_flags_of_every_row_are_the_scripts(script):
     for _, flags in bench.ROWS[script]:
         args = importlib.import_module(script).get_args([*flags, "--data", "."])
         assert Path(args.data).resolve() == Path.cwd()
+
+
+def test_cycadas_labeller_is_fixed_as_in_training():
+    step = bench.Step("cycada", ["--data", ".", "--lambda-sem", "1", "--task-model", "small",
+                                 "--task-weights", "random", "--size", "32", "--d-layers", "2",
+                                 "--ngf", "2", "--ndf", "2", "--blocks", "1", "--device", "cpu"])
+    step.run()
+    assert not step.nets.f_S.training
+    assert all(p.grad is None and not p.requires_grad for p in step.nets.f_S.parameters())
